@@ -1,0 +1,146 @@
+"""Environments whose right answer is known, registered for `gymnasium.make_vec`."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+
+MARK = 9.0  # the observation of an episode's end in `Poison`, seen nowhere else
+
+
+class Identity(gym.Env):
+    """Reward 1 for the action that the observation shows; 10 steps, so the best return is 10."""
+
+    action_space = Discrete(3)
+    observation_space = Box(0.0, 1.0, (3,), np.float32)
+
+    def _observe(self):
+        self.target = int(self.np_random.integers(3))
+        return np.eye(3, dtype=np.float32)[self.target]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.target)
+        self.steps += 1
+        return self._observe(), reward, self.steps == 10, False, {}
+
+
+class OffsetIdentity(Identity):
+    """The same with the actions 5, 6, 7."""
+
+    action_space = Discrete(3, start=5)
+
+    def step(self, action):
+        assert self.action_space.contains(np.int64(action))
+        return super().step(action - 5)
+
+
+class Constant(gym.Env):
+    """Reward 1 a step, whatever is done, for `length` steps; the observation is the step's one-hot.
+
+    With `truncate` only a time limit ends the episode and the observation never changes, so that
+    V = 1 / (1 - gamma) everywhere; without, V(step k) = 1 + gamma + ... with length - k terms.
+    """
+
+    action_space = Discrete(2)
+    observation_space = Box(0.0, 1.0, (6,), np.float32)
+
+    def __init__(self, length: int = 5, truncate: bool = False):
+        self.length, self.truncate = length, truncate
+
+    def _observe(self):
+        return np.eye(6, dtype=np.float32)[0 if self.truncate else self.steps]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == self.length
+        return self._observe(), 1.0, over and not self.truncate, over and self.truncate, {}
+
+
+class Poison(gym.vector.VectorEnv):
+    """Episodes of 3 steps with reward 1; the reset row pays 1e6 and starts from the marked obs."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    single_action_space = Discrete(2)
+    single_observation_space = Box(-10.0, 10.0, (2,), np.float32)
+
+    def __init__(self, num_envs: int = 1, max_episode_steps: int | None = None):
+        self.num_envs = num_envs
+
+    def _observe(self):
+        marked = np.where(self.steps == 3, MARK, 0.1 * self.steps)
+        return np.stack([marked, np.ones(self.num_envs)], axis=1).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = np.arange(self.num_envs) % 3  # so that the episodes end in different rows
+        return self._observe(), {}
+
+    def step(self, actions):
+        reset = self.steps == 3
+        self.steps = np.where(reset, 0, self.steps + 1)
+        reward = np.where(reset, 1e6, 1.0)
+        truncated = self.steps == 3
+        return self._observe(), reward, np.zeros(self.num_envs, bool), truncated, {}
+
+
+class Broken(Identity):
+    """Gives what is not a number: a reward or an observation, after 50 steps."""
+
+    def __init__(self, what: str = "reward"):
+        self.what, self.total = what, 0
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.total += 1
+        if self.total > 50:
+            if self.what == "reward":
+                reward = float("nan")
+            else:
+                obs = np.full_like(obs, np.inf)
+        return obs, reward, terminated, truncated, info
+
+
+class NestedIdentity(Identity):
+    """`Identity` with the target in a Dict of a Tuple of a Discrete and a matrix."""
+
+    observation_space = Dict({"a": Tuple((Discrete(3), Discrete(2))), "b": Box(0.0, 1.0, (2, 2))})
+
+    def _observe(self):
+        super()._observe()
+        return {"a": (self.target, 1), "b": np.ones((2, 2), np.float32)}
+
+
+class Matrix(Identity):
+    """`Identity` with its observation as a column."""
+
+    observation_space = Box(0.0, 1.0, (3, 1), np.float32)
+
+    def _observe(self):
+        return super()._observe()[:, None]
+
+
+class TwoActions(Identity):
+    """An action space that no script here serves yet."""
+
+    action_space = MultiDiscrete([2, 2])
+
+
+class SameStep(Poison):
+    """A vector environment that resets within the step."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+
+
+for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, TwoActions):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (Poison, SameStep):
+    gym.register(id=f"test/{cls.__name__}-v0", vector_entry_point=cls)
