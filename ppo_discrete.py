@@ -331,25 +331,25 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
         # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout ----------
         buffers = (obs, actions, rewards, terminated, done, real)
-        s, a, r, ends, cuts, keep = (torch.as_tensor(x, device=device) for x in buffers)
+        s, a, r, end, cut, keep = (torch.as_tensor(x, device=device) for x in buffers)
         with torch.no_grad():
             values = agent.value(s)  # (T+1, N)
             log_probs, _ = agent.log_prob_and_entropy(s[:-1], a)  # (T, N)
         # An episode's last observation has a row of its own, so V(s') is the next row of values.
         values, next_values = values[:-1], values[1:]
-        advantages, returns = gae(r, values, next_values, ends, cuts, args.gamma, args.gae_lambda)
+        advantages, returns = gae(r, values, next_values, end, cut, args.gamma, args.gae_lambda)
         if args.norm_adv == "batch":
             advantages[keep] = normalise(advantages[keep])
         # Without the reset rows, each (B, ...).
         batch = [x[keep] for x in (s[:-1], a, log_probs, advantages, returns, values)]
 
         # ---- [3] Update: K epochs of shuffled minibatches --------------------------------------
-        losses, kls = [], []
+        losses, epoch_diagnostics = [], []
         for _ in range(args.update_epochs):
             order = torch.as_tensor(shuffle_rng.permutation(len(batch[0])), device=device)
-            minibatches = min(args.num_minibatches, len(order) // 2)
+            parts = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
             log_ratios = []
-            for mb in zip(*(x[order].tensor_split(minibatches) for x in batch)):
+            for mb in zip(*(x[order].tensor_split(parts) for x in batch)):
                 mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values = mb
                 if args.norm_adv == "minibatch":
                     mb_advantages = normalise(mb_advantages)
@@ -372,8 +372,8 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
                 optimizer.step()
                 losses.append((-surrogate.detach(), v_loss.detach(), entropy.detach(), grad_norm))
                 log_ratios.append(log_ratio.detach())
-            kls.append(diagnostics(torch.cat(log_ratios), args.clip_coef))
-            final_kl, _ = kls[-1]
+            epoch_diagnostics.append(diagnostics(torch.cat(log_ratios), args.clip_coef))
+            final_kl, _ = epoch_diagnostics[-1]
             if args.objective == "clip" and args.target_kl and final_kl > args.target_kl:
                 break
         if args.objective == "penalty":
@@ -387,7 +387,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         unexplained = (returns - values)[keep].var() / returns[keep].var()
         mean_return, mean_length = np.mean(episodes, axis=0) if episodes else (np.nan, np.nan)
         recent_return = mean_return if episodes else recent_return
-        approx_kl, clipfrac = np.mean(kls, axis=0)
+        approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)
         metrics = {
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
@@ -479,7 +479,12 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
 def main() -> None:
     """Run from the command line: Ctrl-C ends the training in order, `UserError` is one line."""
     stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
+
+    def on_ctrl_c(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         train(tyro.cli(Args), stop)
     except UserError as error:
