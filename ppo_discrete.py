@@ -73,6 +73,7 @@ class Args:
     num_minibatches: int = 4  # minibatches in an epoch
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 trusts the critic, 1 the rewards
+    recompute_advantages: bool = False  # before every epoch, by the critic as it is by then
     # Where advantages are brought to mean 0 and standard deviation 1; minibatch is detail 7.
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"
     # PPO-Clip (eq. 7), or PPO-Penalty with an adaptive KL coefficient (eq. 8).
@@ -271,6 +272,22 @@ def normalise(x: Tensor) -> Tensor:
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
+def critique(agent: Agent, args: Args, rollout: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return advantages, returns and values of the rollout's real rows, each (B,).
+
+    `rollout` holds obs (T+1, N, D), then rewards, terminated, done and real, each (T, N).
+    """
+    obs, rewards, terminated, done, real = rollout
+    with torch.no_grad():
+        values = agent.value(obs)  # (T+1, N)
+    # An episode's last observation has a row of its own, so V(s') is the next row of values.
+    advantages, returns = gae(
+        rewards, values[:-1], values[1:], terminated, done, args.gamma, args.gae_lambda
+    )
+    advantages, returns, values = advantages[real], returns[real], values[:-1][real]
+    return [normalise(advantages) if args.norm_adv == "batch" else advantages, returns, values]
+
+
 def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]:
     """Train as `args` say, or until `stop` is set; return the agent and what results.json holds."""
     start_time = time.perf_counter()
@@ -330,22 +347,22 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
                 episode[:, done[t]] = 0.0
 
         # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout ----------
-        buffers = (obs, actions, rewards, terminated, done, real)
-        s, a, r, end, cut, keep = (torch.as_tensor(x, device=device) for x in buffers)
+        rollout = tuple(
+            torch.as_tensor(x, device=device) for x in (obs, rewards, terminated, done, real)
+        )
+        s, keep, a = rollout[0][:-1], rollout[-1], torch.as_tensor(actions, device=device)
         with torch.no_grad():
-            values = agent.value(s)  # (T+1, N)
-            log_probs, _ = agent.log_prob_and_entropy(s[:-1], a)  # (T, N)
-        # An episode's last observation has a row of its own, so V(s') is the next row of values.
-        values, next_values = values[:-1], values[1:]
-        advantages, returns = gae(r, values, next_values, end, cut, args.gamma, args.gae_lambda)
-        if args.norm_adv == "batch":
-            advantages[keep] = normalise(advantages[keep])
-        # Without the reset rows, each (B, ...).
-        batch = [x[keep] for x in (s[:-1], a, log_probs, advantages, returns, values)]
+            log_probs, _ = agent.log_prob_and_entropy(s, a)  # (T, N)
+        # From here on without the reset rows: obs (B, D), the others (B,).
+        batch = [s[keep], a[keep], log_probs[keep], *critique(agent, args, rollout)]
+        *_, returns, values = batch
+        unexplained = (returns - values).var() / returns.var()
 
         # ---- [3] Update: K epochs of shuffled minibatches --------------------------------------
         losses, epoch_diagnostics = [], []
-        for _ in range(args.update_epochs):
+        for epoch in range(args.update_epochs):
+            if epoch > 0 and args.recompute_advantages:
+                batch[3:] = critique(agent, args, rollout)
             order = torch.as_tensor(shuffle_rng.permutation(len(batch[0])), device=device)
             parts = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
             log_ratios = []
@@ -384,7 +401,6 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         if not np.isfinite(means).all():
             raise UserError(f"the loss is not finite at step {global_step}: lower --learning-rate")
         sps = int(global_step / (time.perf_counter() - loop_time))
-        unexplained = (returns - values)[keep].var() / returns[keep].var()
         mean_return, mean_length = np.mean(episodes, axis=0) if episodes else (np.nan, np.nan)
         recent_return = mean_return if episodes else recent_return
         approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)

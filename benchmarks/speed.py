@@ -76,7 +76,10 @@ def stable_baselines3(args: Args) -> float:
 def cleanrl(args: Args) -> float:
     with tempfile.TemporaryDirectory() as folder:
         script = args.cleanrl.resolve() / "cleanrl" / "ppo.py"
-        flags = ["--total-timesteps", args.total_timesteps, "--no-cuda"]
+        flags = [
+            "--total-timesteps",
+            args.total_timesteps,
+        ]
         output = run([args.cleanrl_python.absolute(), script, *flags], Path(folder))
     return float(re.findall(r"SPS: ([\d.]+)", output)[-1])
 

@@ -1,6 +1,7 @@
 """`ppo_discrete.py`: its pure functions against oracles, its training on known environments."""
 
 import csv
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -322,6 +323,22 @@ def test_advantages_are_normalised_where_asked(monkeypatch, run_dir, norm_adv: s
         # Four normalised minibatches have mean 0 together and a standard deviation near 1.
         normal = abs(x.mean()) < 1e-5 and abs(x.std() - 1) < 0.02
         assert normal == expected
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_advantages_are_recomputed_by_the_critic_of_the_epoch(
+    monkeypatch, run_dir, recompute: bool
+) -> None:
+    calls = spy(monkeypatch, "gae")
+    train(small(run_dir, total_timesteps=128, update_epochs=4, recompute_advantages=recompute))
+    assert len(calls) == (4 if recompute else 1)
+    for before, after in itertools.pairwise(calls):
+        assert torch.equal(before[0], after[0])  # the rewards stay
+        assert not torch.equal(before[1], after[1])  # the values move
+    losses = spy(monkeypatch, "value_loss")
+    train(small(run_dir / "2", total_timesteps=128, recompute_advantages=True, num_minibatches=1))
+    for values, old_values, *_ in losses:  # the clipped loss starts from the critic of the epoch
+        torch.testing.assert_close(values, old_values, atol=1e-5, rtol=0)
 
 
 def test_the_learning_rate_falls_to_zero_or_stays(run_dir) -> None:
