@@ -33,17 +33,16 @@ def markdown(table: Path) -> str:
             groups[row["env_id"], row["config"]].append(row)
     lines = [
         "| environment | configuration | steps | seeds | deterministic: mean ± std | lowest seed "
-        "| stochastic | seconds, median |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| stochastic |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (env_id, config), rows in groups.items():
         x = np.array([float(row["eval_mean"]) for row in rows])
         stochastic = np.mean([float(row["eval_stochastic_mean"]) for row in rows])
-        seconds = np.median([float(row["process_seconds"]) for row in rows])
         steps = np.mean([int(row["global_step"]) for row in rows])
         lines.append(
             f"| {env_id} | {config} | {steps:,.0f} | {len(rows)} | {x.mean():.1f} ± {x.std():.1f} "
-            f"| {x.min():.1f} | {stochastic:.1f} | {seconds:.1f} |"
+            f"| {x.min():.1f} | {stochastic:.1f} |"
         )
     return "\n".join(lines)
 

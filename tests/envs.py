@@ -144,3 +144,42 @@ for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, 
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Poison, SameStep):
     gym.register(id=f"test/{cls.__name__}-v0", vector_entry_point=cls)
+
+
+class Target(gym.Env):
+    """Pays minus the squared distance between the action and what is observed; the best is 0."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def _observe(self):
+        self.target = self.np_random.uniform(-0.5, 0.5, 2).astype(np.float32)
+        return self.target
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = -float(np.square(action - self.target).sum())
+        self.steps += 1
+        return self._observe(), reward, self.steps == 10, False, {}
+
+
+class UnboundedTarget(Target):
+    """The same with actions that may be anything."""
+
+    action_space = Box(-np.inf, np.inf, (2,), np.float32)
+
+
+class PoisonBox(Poison):
+    """`Poison` with a continuous action."""
+
+    single_action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+
+gym.register(id="test/Target-v0", entry_point=Target)
+gym.register(id="test/UnboundedTarget-v0", entry_point=UnboundedTarget)
+gym.register(id="test/PoisonBox-v0", vector_entry_point=PoisonBox)

@@ -1,0 +1,214 @@
+"""`ppo_continuous.py`: what differs from its discrete sibling, whose tests hold the rest."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+import ppo_continuous
+from ppo_continuous import Agent, Args, RunningMoments, UserError, train
+from tests.envs import MARK
+
+
+def small(run_dir: Path, **changes) -> Args:
+    """Arguments of a run that takes about a second."""
+    quick = dict(env_id="test/Target-v0", num_envs=8, num_steps=16, total_timesteps=1280)
+    quick |= dict(num_minibatches=4, eval_episodes=4, run_dir=run_dir)
+    return Args(**(quick | changes))
+
+
+def make_agent(env_id: str = "test/Target-v0", **changes) -> Agent:
+    torch.manual_seed(0)
+    args = Args(env_id=env_id, **changes)
+    agent = Agent(args, ppo_continuous.make_envs(args, 1))
+    nn.init.normal_(agent.actor[-1].weight, std=0.3)
+    nn.init.normal_(agent.log_std, std=0.3)
+    return agent
+
+
+def spy(monkeypatch, name: str, owner=ppo_continuous) -> list[tuple]:
+    """Record the arguments and the result of every call of `owner.name`."""
+    calls, original = [], getattr(owner, name)
+
+    def recorder(*args):
+        result = original(*args)
+        calls.append((*args, result))
+        return result
+
+    monkeypatch.setattr(owner, name, recorder)
+    return calls
+
+
+# ---- The policy ------------------------------------------------------------------------------
+
+
+def test_log_prob_and_entropy_equal_torch_distributions() -> None:
+    agent, obs, actions = make_agent(), torch.randn(5, 7, 2), torch.randn(5, 7, 2)
+    log_probs, entropy = agent.log_prob_and_entropy(obs, actions)
+    oracle = Normal(agent.actor(obs), agent.log_std.exp())
+    torch.testing.assert_close(log_probs, oracle.log_prob(actions).sum(-1))
+    torch.testing.assert_close(entropy, oracle.entropy().sum(-1))
+
+
+def test_the_squashed_log_prob_is_that_of_the_change_of_variables() -> None:
+    agent, obs, actions = make_agent(squash=True), torch.randn(50, 2), torch.randn(50, 2)
+    log_probs, _ = agent.log_prob_and_entropy(obs, actions)
+    gaussian = Normal(agent.actor(obs), agent.log_std.exp())
+    oracle = TransformedDistribution(gaussian, TanhTransform(cache_size=1))
+    oracle_log_probs = oracle.log_prob(oracle.transforms[0](actions)).sum(-1)
+    torch.testing.assert_close(log_probs, oracle_log_probs)
+    # The determinant of the Jacobian once more, by autograd.
+    x = actions.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(x.tanh().sum(), x)
+    plain = gaussian.log_prob(actions).sum(-1)
+    torch.testing.assert_close(log_probs, plain - slope.log().sum(-1), atol=1e-5, rtol=1e-5)
+    far, _ = agent.log_prob_and_entropy(obs, torch.full((50, 2), 30.0))
+    assert torch.isfinite(far).all()
+
+
+def test_the_numpy_policy_is_the_gaussian_of_the_normalised_observation() -> None:
+    agent = make_agent()
+    agent.obs_moments.update(np.random.default_rng(0).normal(3.0, 5.0, (100, 2)))
+    act, obs = agent.numpy_policy(), np.array([[4.0, -200.0]], np.float32)
+    mean = agent.actor(torch.as_tensor(agent.normalise_obs(obs))).detach().numpy()
+    np.testing.assert_allclose(act(obs, 0.0), mean, rtol=1e-5)
+    noise = agent.noise(np.random.default_rng(0), 100_000)
+    samples = act(np.repeat(obs, 100_000, axis=0), noise)
+    std = agent.log_std.exp().detach().numpy()
+    np.testing.assert_allclose(samples.mean(0), mean[0], atol=0.02)
+    np.testing.assert_allclose(samples.std(0), std, rtol=0.02)
+
+
+def test_actions_sent_are_in_the_box_and_stored_ones_are_free(monkeypatch, run_dir) -> None:
+    sent = spy(monkeypatch, "to_env", Agent)
+    seen = spy(monkeypatch, "log_prob_and_entropy", Agent)
+    train(small(run_dir, log_std_init=0.5))
+    assert max(np.abs(result).max() for *_, result in sent) == 1.0
+    assert max(actions.abs().max() for _, _, actions, _ in seen) > 1.5
+    shares = [row["charts/clipped_actions"] for row in read_metrics(run_dir)]
+    # A normal of standard deviation exp(0.5) leaves [-1, 1] 54 % of the time.
+    assert shares[0] == pytest.approx(0.544, abs=0.08)
+    squashed = make_agent(squash=True).to_env(np.array([[-50.0, 0.0], [0.5, 50.0]]))
+    np.testing.assert_allclose(squashed, [[-1.0, 0.0], [np.tanh(0.5), 1.0]])
+
+
+# ---- The normalisers ---------------------------------------------------------------------------
+
+
+def test_running_moments_are_those_of_all_rows() -> None:
+    moments, rng = RunningMoments(3), np.random.default_rng(0)
+    parts = [rng.normal(5.0, (1.0, 2.0, 3.0), (rows, 3)) for rows in (1, 100, 7, 1000)]
+    for part in parts:
+        moments.update(part)
+    rows = np.concatenate(parts)
+    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.var, rows.var(0), rtol=1e-12)
+    assert moments.count == len(rows)
+
+
+def test_the_moments_are_those_of_the_real_rows(monkeypatch, run_dir) -> None:
+    """`PoisonBox` pays 1e6 in reset rows, and only a reset row has the marked observation."""
+    seen = spy(monkeypatch, "observe", Agent)
+    gae_calls = spy(monkeypatch, "gae")
+    args = small(run_dir, env_id="test/PoisonBox-v0", num_envs=3, num_steps=32, gamma=0.9)
+    agent, results = train(args)
+    obs = np.concatenate([obs for _, obs, *_ in seen]).astype(np.float64)
+    returns = np.concatenate([returns for _, _, returns, _ in seen])
+    assert len(seen) == 13 and len(obs) == results["global_step"] == agent.obs_moments.count
+    assert not (obs[:, 0] == MARK).any()
+    np.testing.assert_allclose(agent.obs_moments.mean, obs.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(agent.obs_moments.var, obs.var(0), rtol=1e-5, atol=1e-9)
+    # Reward 1 for at most 3 steps, the sum cleared at each end.
+    assert {round(float(x), 6) for x in returns} == {1.0, 1.9, 2.71}
+    # The scale of an iteration is that of the rows before it; the first looks at its own.
+    scaled = gae_calls[0][0].max().item()
+    assert scaled == pytest.approx(min(10.0, 1 / np.sqrt(seen[0][2].var() + 1e-8)), rel=1e-5)
+
+
+def test_statistics_stand_still_within_an_iteration(monkeypatch, run_dir) -> None:
+    """So the first ratio of every update is 1, although the moments move in between."""
+    ratios = spy(monkeypatch, "clipped_surrogate")
+    train(small(run_dir, num_minibatches=2, update_epochs=2))
+    for ratio, *_ in ratios[::4]:
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+    assert any((ratio - 1).abs().max() > 1e-3 for ratio, *_ in ratios)
+
+
+def test_one_state_dict_is_the_whole_policy(run_dir) -> None:
+    agent, _ = train(small(run_dir))
+    fresh = make_agent()
+    obs = np.random.default_rng(0).normal(0, 3, (20, 2)).astype(np.float32)
+    assert not np.array_equal(fresh.numpy_policy()(obs, 0.0), agent.numpy_policy()(obs, 0.0))
+    fresh.load_state_dict(agent.state_dict())
+    assert np.array_equal(fresh.numpy_policy()(obs, 0.0), agent.numpy_policy()(obs, 0.0))
+    assert np.array_equal(fresh.scale_rewards(np.ones(3)), agent.scale_rewards(np.ones(3)))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_normalisation_can_be_switched_off(monkeypatch, run_dir, on: bool) -> None:
+    agent, _ = train(small(run_dir, norm_obs=on, norm_reward=on))
+    big = np.array([[1e4, -1e4]], np.float32)
+    assert (np.abs(agent.normalise_obs(big)).max() == 10.0) == on
+    assert (agent.scale_rewards(big).max() == 10.0) == on
+    assert (agent.obs_moments.count > 0) == on
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    with open(run_dir / "metrics.csv") as file:
+        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"squash": True}, {"objective": "penalty"}])
+def test_learns_the_target(run_dir, changes: dict) -> None:
+    args = small(run_dir, total_timesteps=16_000, num_steps=64, gamma=0.5, eval_episodes=20)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    _, results = train(args)
+    assert results["eval_mean"] > -0.15  # standing still costs 1.7
+    assert results["eval_stochastic_mean"] < results["eval_mean"]
+
+
+def test_unbounded_actions_are_not_clipped_and_it_says_so(run_dir, capsys) -> None:
+    train(small(run_dir, env_id="test/UnboundedTarget-v0", log_std_init=1.0))
+    assert "unbounded: no action is clipped" in capsys.readouterr().out
+    assert {row["charts/clipped_actions"] for row in read_metrics(run_dir)} == {0.0}
+
+
+def test_the_same_seed_gives_the_same_parameters_to_the_last_bit(run_dir) -> None:
+    first, second = (train(small(run_dir / name))[0].state_dict() for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env_id": "CartPole-v1"}, "use ppo_discrete.py"),
+        ({"env_id": "test/UnboundedTarget-v0", "squash": True}, "--squash needs bounded actions"),
+        ({"learning_rate": 1e30}, "lower --learning-rate"),
+    ],
+)
+def test_wrong_input_is_named(run_dir, changes: dict, message: str) -> None:
+    with np.errstate(all="ignore"), pytest.raises(UserError, match=message):
+        train(small(run_dir, **changes))
+    assert not (run_dir / "results.json").exists()
+
+
+@pytest.mark.parametrize("flags", ["--config faithful", "--config=faithful", ""])
+def test_the_faithful_configuration_sets_the_defaults(monkeypatch, flags: str) -> None:
+    calls = []
+    monkeypatch.setattr(ppo_continuous, "train", lambda args, stop: calls.append(args))
+    monkeypatch.setattr(ppo_continuous.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *flags.split(), "--num-envs", "3"])
+    ppo_continuous.main()
+    (args,) = calls
+    assert args.num_envs == 3  # the user's word wins
+    assert args.num_steps == (2048 if flags else 256)
+    assert args.clip_vloss == bool(flags) and args.config == ("faithful" if flags else "strong")
