@@ -252,22 +252,28 @@ TASKS: dict[str, Task] = {"reviews": Reviews(), "arithmetic": Arithmetic()}
 class Block(nn.Module):
     """Attention, then a two-layer perceptron; each normalises its input and adds to it."""
 
-    def __init__(self, d_model: int, num_heads: int):
+    def __init__(self, d_model: int, num_heads: int, context_size: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.context_size = num_heads, context_size
         self.norm_1, self.norm_2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         wide, narrow = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
         self.mlp = nn.Sequential(wide, nn.ReLU(), narrow)
 
-    def forward(self, x: Tensor, visible: Tensor, cache: list[Tensor]) -> Tensor:
-        """Take and return (B, S, D); put all keys and values so far into `cache`."""
-        B, S, D = x.shape
+    def forward(self, x: Tensor, visible: Tensor, cache: list[Tensor] | None) -> Tensor:
+        """Take and return (B, S, D); `cache` holds the keys and values of the tokens so far."""
+        (B, S, D), total = x.shape, visible.shape[-1]
         qkv = self.qkv(self.norm_1(x)).view(B, S, 3, self.num_heads, D // self.num_heads)
-        q, *new = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D / heads)
-        cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, new)] if cache else new
+        q, *past = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D / heads)
+        if cache is not None:
+            if not cache:  # room for the whole context at once: to append would copy all each time
+                cache += [new.new_empty(B, self.num_heads, self.context_size, D // self.num_heads)
+                          for new in past]  # fmt: skip
+            for room, new in zip(cache, past):
+                room[:, :, total - S : total] = new
+            past = [room[:, :, :total] for room in cache]
         x = x + self.out(
-            F.scaled_dot_product_attention(q, *cache, visible).transpose(1, 2).reshape(B, S, D)
+            F.scaled_dot_product_attention(q, *past, visible).transpose(1, 2).reshape(B, S, D)
         )
         return x + self.mlp(self.norm_2(x))
 
@@ -283,7 +289,8 @@ class Transformer(nn.Module):
         self.config, d_model = config, config["d_model"]
         self.word = nn.Embedding(config["vocab_size"], d_model)
         self.position = nn.Embedding(config["context_size"], d_model)
-        blocks = (Block(d_model, config["num_heads"]) for _ in range(config["num_layers"]))
+        sizes = (d_model, config["num_heads"], config["context_size"])
+        blocks = (Block(*sizes) for _ in range(config["num_layers"]))
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, config["head_size"])
         if config["head_size"] == 1:  # N(0, 1 / (d + 1)) (N details)
@@ -296,7 +303,8 @@ class Transformer(nn.Module):
         With `cache`, [] at first, the tokens follow those of the last call: what earlier ones
         computed stands, for none of them sees a later one.
         """
-        past, blocks = cache or (tokens[:, :0], [[] for _ in self.blocks])
+        caches = [None if cache is None else [] for _ in self.blocks]
+        past, caches = cache or (tokens[:, :0], caches)
         seen = torch.cat([past, tokens], dim=1)
         real, S, total = seen != PAD, tokens.shape[1], seen.shape[1]
         # Positions count real tokens, so that left padding moves nothing (N details).
@@ -306,10 +314,10 @@ class Transformer(nn.Module):
         # Padding in front sees itself alone, for a softmax over nothing is NaN; no word sees it.
         visible = ((real[:, None] & (column < row)) | (column == row))[:, None]  # (B, 1, S, total)
         x = self.word(tokens) + self.position(positions)
-        for block, block_cache in zip(self.blocks, blocks):
+        for block, block_cache in zip(self.blocks, caches):
             x = block(x, visible, block_cache)
         if cache is not None:
-            cache[:] = seen, blocks
+            cache[:] = seen, caches
         return self.head(self.norm(x))
 
     def log_prob_and_entropy(

@@ -116,7 +116,7 @@ def figure(rows: list[dict], path: Path) -> None:
     right = left.twinx()
     left.plot(kl, gold, "o-", color="#1f6f8b", label="gold: what the reviews are worth (left)")
     right.plot(kl, proxy, "s--", color="#d1495b", label="proxy: the reward model's score (right)")
-    names = ["SFT"] + [f"β = {row['kl_coef']:g}" for row in rows]
+    names = ["SFT"] + [f"β {row['kl_coef']:g}" for row in rows]
     for name, x, y in zip(names, kl, gold):
         left.annotate(name, (x, y), (0, 8), textcoords="offset points", fontsize=8, ha="center")
     left.set_xscale("symlog", linthresh=1.0)
