@@ -73,9 +73,10 @@ def test_equals_the_double_sum(shape: tuple[int, ...], gamma: float, gae_lambda:
     torch.testing.assert_close(returns, expected + rollout[1], rtol=1e-12, atol=1e-12)
 
 
-def test_equals_the_backward_recursion_in_float32() -> None:
-    rewards, values, next_values, terminated, done = random_rollout(500, 7, dtype=torch.float32)
-    expected, last = [], torch.zeros(7)
+@pytest.mark.parametrize("N", [7, 600])  # narrow and wide rows take different ways
+def test_equals_the_backward_recursion_in_float32(N: int) -> None:
+    rewards, values, next_values, terminated, done = random_rollout(500, N, dtype=torch.float32)
+    expected, last = [], torch.zeros(N)
     for t in reversed(range(500)):
         delta = rewards[t] + 0.99 * next_values[t] * ~terminated[t] - values[t]
         last = delta + 0.99 * 0.95 * ~done[t] * last
