@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +52,14 @@ FAITHFUL: dict[str, Any] = {  # what Baselines and CleanRL use for MuJoCo
     "num_steps": 2048,
     "num_minibatches": 32,
     "learning_rate": 3e-4,
+    "desired_kl": None,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
     "recompute_advantages": False,
     "clip_vloss": True,
     "log_std_init": 0.0,
-    "activation": "tanh",
+    "log_std_final": None,
+    "scale_actions": False,
 }
 
 
@@ -82,12 +87,14 @@ class Args:
 
     learning_rate: float = 1e-3  # Adam's learning rate at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 (detail 4)
+    # Move the learning rate up or down to keep approx_kl here; anneal_lr lets this fall instead.
+    desired_kl: float | None = 0.025
     num_envs: int = 8  # N, parallel environments
     num_steps: int = 256  # T, steps of each environment in a rollout
     update_epochs: int = 10  # K, passes over the batch in an update
     num_minibatches: int = 8  # minibatches in an epoch
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE: 0 trusts the critic, 1 the rewards
+    gamma: float = 0.995  # discount factor
+    gae_lambda: float = 0.92  # lambda of GAE: 0 trusts the critic, 1 the rewards
     recompute_advantages: bool = True  # before every epoch, by the critic as it is by then
     # Where advantages are brought to mean 0 and standard deviation 1; minibatch is detail 7.
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"
@@ -103,10 +110,13 @@ class Args:
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
     norm_obs: bool = True  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
-    log_std_init: float = -0.5  # log standard deviation of the first policy's actions
+    log_std_init: float = -0.8  # log standard deviation of the first policy's actions
+    # It falls to this linearly, as in PPO's table 4; None lets the gradient choose it.
+    log_std_final: float | None = -2.3
+    scale_actions: bool = True  # the policy's [-1, 1] is the whole box, so a std means the same
     squash: bool = False  # squash actions into their box by tanh, rather than clip them
     hidden_size: int = 64  # units in each of the two hidden layers
-    activation: Literal["relu", "tanh"] = "relu"  # tanh is Baselines' and CleanRL's, relu is faster
+    activation: Literal["relu", "tanh"] = "tanh"  # of the hidden layers; relu is a little faster
 
     @property
     def batch_size(self) -> int:
@@ -124,7 +134,8 @@ class Args:
             ("num_steps", 2, np.inf, "must be at least 2, for every second row may be a reset"),
             ("seed ent_coef vf_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda", 0, 1, "must lie in [0, 1]"),
-            ("learning_rate clip_coef max_grad_norm target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
+            ("learning_rate desired_kl clip_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
+            ("target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -216,14 +227,20 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, envs: gym.vector.VectorEnv):
         super().__init__()
-        self.action_space, self.squash = envs.single_action_space, args.squash
-        self.num_actions = int(np.prod(self.action_space.shape or ()))
+        self.box, self.squash = envs.single_action_space, args.squash
+        self.num_actions = int(np.prod(self.box.shape or ()))
+        self.centre: np.ndarray | float = 0.0
+        self.half_width: np.ndarray | float = 1.0
+        if args.squash or (args.scale_actions and self.box.is_bounded()):
+            self.centre = (self.box.high + self.box.low) / 2.0
+            self.half_width = (self.box.high - self.box.low) / 2.0
         self.obs_dim = envs.single_observation_space.shape[0]
         sizes = (self.obs_dim, args.hidden_size, args.hidden_size)
         # The small head makes the first policy almost the same in every state.
         self.actor = mlp(*sizes, self.num_actions, activation=args.activation, head_gain=0.01)
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
-        self.log_std = nn.Parameter(torch.full((self.num_actions,), args.log_std_init))
+        log_std = torch.full((self.num_actions,), args.log_std_init)
+        self.log_std = nn.Parameter(log_std) if args.log_std_final is None else nn.Buffer(log_std)
         # They are part of the agent, so that whoever saves or loads it cannot forget them.
         self.obs_moments, self.return_moments = RunningMoments(self.obs_dim), RunningMoments(1)
         self.norm_obs, self.norm_reward = args.norm_obs, args.norm_reward
@@ -272,13 +289,14 @@ class Agent(nn.Module):
 
         return act
 
+    def in_env_units(self, actions: np.ndarray) -> np.ndarray:
+        """Return actions (..., A) as (B, *box), scaled or squashed to the box but not clipped."""
+        actions = actions.reshape(-1, *(self.box.shape or ()))
+        return self.centre + self.half_width * (np.tanh(actions) if self.squash else actions)
+
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Return actions (N, A) in the environment's box; the stored ones stay free (detail 27)."""
-        low, high = self.action_space.low, self.action_space.high
-        actions = actions.reshape(-1, *(self.action_space.shape or ()))
-        if self.squash:
-            return low + (high - low) * (np.tanh(actions) + 1.0) / 2.0
-        return actions.clip(low, high)
+        """Return actions (N, A) as (N, *box), within it; the stored ones stay free (detail 27)."""
+        return self.in_env_units(actions).clip(self.box.low, self.box.high)
 
     def log_prob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return log pi(a|s) and the policy's entropy in nats, both (...), of actions (..., A).
@@ -333,6 +351,16 @@ def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: float
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     """Return beta, halved or doubled if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
     return kl_coef * (2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0)
+
+
+def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
+    """Return the rate, a half up or a third down if the KL left [desired / 1.5, 1.5 desired].
+
+    The rule of PPO's eq. 8 turned on the step instead of the penalty: one rate moves the policy of
+    one task ten times as far as that of another, one KL means the same everywhere.
+    """
+    factor = 1.0 / 1.5 if kl > 1.5 * desired_kl else 1.5 if kl < desired_kl / 1.5 else 1.0
+    return min(factor * learning_rate, 1e-2)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -393,7 +421,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
-    kl_coef = args.kl_coef
+    kl_coef, learning_rate = args.kl_coef, args.learning_rate
 
     obs = np.zeros((T + 1, N, agent.obs_dim), np.float32)
     actions = np.zeros((T, N, agent.num_actions), np.float32)
@@ -402,7 +430,8 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     obs[T], _ = envs.reset(seed=env_seed)
     was_done = np.zeros(N, bool)
     episode, discounted = np.zeros((2, N)), np.zeros(N)  # return and length, discounted return
-    recent_return, global_step = np.nan, 0
+    recent_returns: deque[float] = deque(maxlen=100)  # of the last 100 episodes
+    last_return, global_step = np.nan, 0
 
     run_dir, writer = open_run(args)
     print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
@@ -413,7 +442,12 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     for iteration in range(args.num_iterations):
         fraction = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = learning_rate = fraction * args.learning_rate
+        if args.desired_kl is None:
+            learning_rate = fraction * args.learning_rate
+        if args.log_std_final is not None:
+            log_stds = args.log_std_init, args.log_std_final
+            agent.log_std.fill_(np.interp(iteration, (0, args.num_iterations), log_stds))
+        optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
         obs[0] = obs[T]
@@ -491,6 +525,9 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
                 break
         if args.objective == "penalty":
             kl_coef = adapt_kl_coef(kl_coef, final_kl, args.target_kl or 0.01)
+        if args.desired_kl is not None:  # for the next iteration
+            wish = args.desired_kl * fraction**0.5
+            learning_rate = adapt_learning_rate(learning_rate, final_kl, wish)
 
         # ---- [4] Log: means over the iteration -------------------------------------------------
         means = [torch.stack(loss).mean().item() for loss in zip(*losses)]
@@ -498,12 +535,13 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             raise UserError(f"the loss is not finite at step {global_step}: lower --learning-rate")
         sps = int(global_step / (time.perf_counter() - loop_time))
         mean_return, mean_length = np.mean(episodes, axis=0) if episodes else (np.nan, np.nan)
-        recent_return = mean_return if episodes else recent_return
+        last_return = mean_return if episodes else last_return
+        recent_returns.extend(episode_return for episode_return, _ in episodes)
         approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)
         metrics = {
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
-            "charts/learning_rate": learning_rate,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": sps,
             "losses/policy_loss": means[0],
             "losses/value_loss": means[1],
@@ -514,7 +552,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             "losses/explained_variance": 1.0 - unexplained.item(),
             "losses/kl_coef": kl_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
-            "charts/clipped_actions": (agent.to_env(actions).ravel() != actions.ravel()).mean(),
+            "charts/clipped_actions": (agent.to_env(actions) != agent.in_env_units(actions)).mean(),
         }
         for name, value in metrics.items():
             if not np.isnan(value):
@@ -523,11 +561,11 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             if iteration == 0:
                 print("global_step", *metrics, sep=",", file=file)
             print(global_step, *metrics.values(), sep=",", file=file)
-        bar.set_postfix_str(f"return {recent_return:.1f}")
+        bar.set_postfix_str(f"return {last_return:.1f}")
         bar.update(args.batch_size)
         if bar.disable and time.perf_counter() - print_time > 5:  # no terminal: a line now and then
             print_time = time.perf_counter()
-            print(f"step {global_step:,}  return {recent_return:.1f}  {sps:,} steps/s", flush=True)
+            print(f"step {global_step:,}  return {last_return:.1f}  {sps:,} steps/s", flush=True)
         if iteration > 0:
             agent.observe(obs[:-1][real], discounted_returns[real])
         if stop is not None and stop.is_set():
@@ -538,6 +576,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     envs.close()
     writer.close()
     results = {"env_id": args.env_id, "seed": args.seed, "global_step": global_step, "sps": sps}
+    results["train_return"] = np.mean(recent_returns) if recent_returns else None
     for mode in ("deterministic", "stochastic"):
         scores = evaluate(agent, args, eval_seed, mode == "deterministic")
         prefix = "eval" if mode == "deterministic" else "eval_stochastic"

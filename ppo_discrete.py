@@ -29,6 +29,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,8 @@ class Args:
 
     learning_rate: float = 2.5e-3  # Adam's learning rate at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 (detail 4)
+    # Move the learning rate up or down to keep approx_kl here; anneal_lr lets this fall instead.
+    desired_kl: float | None = None
     num_envs: int = 32  # N, parallel environments
     num_steps: int = 32  # T, steps of each environment in a rollout
     update_epochs: int = 10  # K, passes over the batch in an update
@@ -105,7 +108,8 @@ class Args:
             ("num_steps", 2, np.inf, "must be at least 2, for every second row may be a reset"),
             ("seed ent_coef vf_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda", 0, 1, "must lie in [0, 1]"),
-            ("learning_rate clip_coef max_grad_norm target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
+            ("learning_rate desired_kl clip_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
+            ("target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -248,6 +252,16 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     return kl_coef * (2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0)
 
 
+def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
+    """Return the rate, a half up or a third down if the KL left [desired / 1.5, 1.5 desired].
+
+    The rule of PPO's eq. 8 turned on the step instead of the penalty: one rate moves the policy of
+    one task ten times as far as that of another, one KL means the same everywhere.
+    """
+    factor = 1.0 / 1.5 if kl > 1.5 * desired_kl else 1.5 if kl < desired_kl / 1.5 else 1.0
+    return min(factor * learning_rate, 1e-2)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2 over (M,).
 
@@ -306,7 +320,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
-    kl_coef = args.kl_coef
+    kl_coef, learning_rate = args.kl_coef, args.learning_rate
 
     obs = np.zeros((T + 1, N, agent.obs_dim), np.float32)
     actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
@@ -314,7 +328,8 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     obs[T], _ = envs.reset(seed=env_seed)
     was_done = np.zeros(N, bool)
     episode = np.zeros((2, N))  # return and length so far
-    recent_return, global_step = np.nan, 0
+    recent_returns: deque[float] = deque(maxlen=100)  # of the last 100 episodes
+    last_return, global_step = np.nan, 0
 
     run_dir, writer = open_run(args)
     print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
@@ -323,7 +338,9 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     for iteration in range(args.num_iterations):
         fraction = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = learning_rate = fraction * args.learning_rate
+        if args.desired_kl is None:
+            learning_rate = fraction * args.learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
         obs[0] = obs[T]
@@ -395,6 +412,9 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
                 break
         if args.objective == "penalty":
             kl_coef = adapt_kl_coef(kl_coef, final_kl, args.target_kl or 0.01)
+        if args.desired_kl is not None:  # for the next iteration
+            wish = args.desired_kl * fraction**0.5
+            learning_rate = adapt_learning_rate(learning_rate, final_kl, wish)
 
         # ---- [4] Log: means over the iteration -------------------------------------------------
         means = [torch.stack(loss).mean().item() for loss in zip(*losses)]
@@ -402,12 +422,13 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             raise UserError(f"the loss is not finite at step {global_step}: lower --learning-rate")
         sps = int(global_step / (time.perf_counter() - loop_time))
         mean_return, mean_length = np.mean(episodes, axis=0) if episodes else (np.nan, np.nan)
-        recent_return = mean_return if episodes else recent_return
+        last_return = mean_return if episodes else last_return
+        recent_returns.extend(episode_return for episode_return, _ in episodes)
         approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)
         metrics = {
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
-            "charts/learning_rate": learning_rate,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": sps,
             "losses/policy_loss": means[0],
             "losses/value_loss": means[1],
@@ -425,11 +446,11 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             if iteration == 0:
                 print("global_step", *metrics, sep=",", file=file)
             print(global_step, *metrics.values(), sep=",", file=file)
-        bar.set_postfix_str(f"return {recent_return:.1f}")
+        bar.set_postfix_str(f"return {last_return:.1f}")
         bar.update(args.batch_size)
         if bar.disable and time.perf_counter() - print_time > 5:  # no terminal: a line now and then
             print_time = time.perf_counter()
-            print(f"step {global_step:,}  return {recent_return:.1f}  {sps:,} steps/s", flush=True)
+            print(f"step {global_step:,}  return {last_return:.1f}  {sps:,} steps/s", flush=True)
         if stop is not None and stop.is_set():
             print(f"stopped after {global_step} steps")
             break
@@ -438,6 +459,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     envs.close()
     writer.close()
     results = {"env_id": args.env_id, "seed": args.seed, "global_step": global_step, "sps": sps}
+    results["train_return"] = np.mean(recent_returns) if recent_returns else None
     for mode in ("deterministic", "stochastic"):
         scores = evaluate(agent, args, eval_seed, mode == "deterministic")
         prefix = "eval" if mode == "deterministic" else "eval_stochastic"

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
 
-import numpy as np
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,6 @@ def one_run(args: Args, env_id: str, seed: int, core: int) -> dict:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    tail = [value for _, value in curve[-max(1, len(curve) // 20) :]]
     return {
         "script": args.script,
         "env_id": env_id,
@@ -76,13 +75,14 @@ def one_run(args: Args, env_id: str, seed: int, core: int) -> dict:
         "eval_std": round(results["eval_std"], 3),
         "eval_stochastic_mean": round(results["eval_stochastic_mean"], 3),
         "eval_episodes": results["eval_episodes"],
-        "train_return": round(float(np.mean(tail)), 3),  # over the last twentieth of the curve
+        "train_return": round(results["train_return"], 3),  # of the last 100 episodes
         "sps": results["sps"],
         "process_seconds": round(seconds, 2),  # from its start to its exit, imports included
         "flags": args.flags,
         "torch": version("torch"),
         "gymnasium": version("gymnasium"),
         "commit": commit,
+        "mujoco": version("mujoco") if find_spec("mujoco") else "",
     }
 
 
@@ -111,7 +111,8 @@ def main() -> None:
             cores.put(core)
 
     with ThreadPoolExecutor(args.processes) as pool:
-        for line in pool.map(work, jobs):
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
+            line = future.result()
             new = not table.exists()
             with open(table, "a", newline="") as file:
                 writer = csv.DictWriter(file, line.keys(), lineterminator="\n")

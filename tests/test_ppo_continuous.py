@@ -3,7 +3,9 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,11 @@ def spy(monkeypatch, name: str, owner=ppo_continuous) -> list[tuple]:
 
     monkeypatch.setattr(owner, name, recorder)
     return calls
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    with open(run_dir / "metrics.csv") as file:
+        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
 
 
 # ---- The policy ------------------------------------------------------------------------------
@@ -95,6 +102,33 @@ def test_actions_sent_are_in_the_box_and_stored_ones_are_free(monkeypatch, run_d
     assert shares[0] == pytest.approx(0.544, abs=0.08)
     squashed = make_agent(squash=True).to_env(np.array([[-50.0, 0.0], [0.5, 50.0]]))
     np.testing.assert_allclose(squashed, [[-1.0, 0.0], [np.tanh(0.5), 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent"),
+    [
+        ({}, [[-1.0, 0.0], [1.0, 0.25], [2.0, 0.375], [3.0, 0.5]]),
+        ({"scale_actions": False}, [[-1.0, 0.0], [0.0, 0.0], [0.5, 0.5], [3.0, 0.5]]),
+        ({"squash": True}, [[-1.0, 0.0], [1.0, 0.25], [1.924234, 0.365529], [3.0, 0.5]]),
+    ],
+)
+def test_the_box_is_minus_one_to_one_of_the_policy(flags: dict, sent: list) -> None:
+    """Rows: far below, 0, 0.5 and far above, for the box [-1, 3] x [0, 0.5]."""
+    box = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 0.5], np.float32))
+    spaces = SimpleNamespace(single_action_space=box, single_observation_space=box)
+    agent = Agent(Args(**flags), spaces)
+    actions = np.repeat([[-50.0], [0.0], [0.5], [50.0]], 2, axis=1)
+    np.testing.assert_allclose(agent.to_env(actions), sent, rtol=1e-5)
+
+
+def test_log_std_falls_linearly_or_is_learned(run_dir) -> None:
+    agent, _ = train(small(run_dir / "falls", log_std_init=-0.5, log_std_final=-1.5))
+    assert "log_std" not in dict(agent.named_parameters()) and "log_std" in agent.state_dict()
+    stds = [row["charts/action_std"] for row in read_metrics(run_dir / "falls")]
+    np.testing.assert_allclose(stds, np.exp(np.linspace(-0.5, -1.4, 10)), rtol=1e-6)
+    agent, _ = train(small(run_dir / "learned", log_std_init=-0.5, log_std_final=None))
+    assert "log_std" in dict(agent.named_parameters())
+    assert len(set(agent.log_std.tolist())) == 2  # each dimension went its own way
 
 
 # ---- The normalisers ---------------------------------------------------------------------------
@@ -159,11 +193,6 @@ def test_normalisation_can_be_switched_off(monkeypatch, run_dir, on: bool) -> No
 
 
 # ---- Training ------------------------------------------------------------------------------------
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    with open(run_dir / "metrics.csv") as file:
-        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"squash": True}, {"objective": "penalty"}])

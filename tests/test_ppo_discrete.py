@@ -90,6 +90,14 @@ def test_the_kl_coefficient_follows_the_paper(kl: float, factor: float) -> None:
     assert ppo_discrete.adapt_kl_coef(3.0, kl, 0.01) == 3.0 * factor
 
 
+@pytest.mark.parametrize(
+    ("kl", "rate"), [(0.0066, 1.5e-3), (0.0067, 1e-3), (0.0149, 1e-3), (0.0151, 1e-3 / 1.5)]
+)
+def test_the_learning_rate_follows_the_kl(kl: float, rate: float) -> None:
+    assert ppo_discrete.adapt_learning_rate(1e-3, kl, 0.01) == pytest.approx(rate, rel=1e-12)
+    assert ppo_discrete.adapt_learning_rate(9e-3, kl, 0.01) <= 1e-2  # without a signal KL stays 0
+
+
 def test_value_loss_by_hand() -> None:
     values = torch.tensor([1.0, 3.0, 0.0], requires_grad=True)
     old_values, returns = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, 2.0, 2.0])
@@ -286,7 +294,7 @@ def test_reset_rows_reach_nothing(monkeypatch, run_dir) -> None:
     assert results["global_step"] == 3 * 13 * 32 * 3 // 4
     returns = [row["charts/episodic_return"] for row in rows]
     lengths = [row["charts/episodic_length"] for row in rows]
-    assert set(returns[1:]) == set(lengths[1:]) == {3.0}
+    assert set(returns[1:]) == set(lengths[1:]) == {3.0} and results["train_return"] == 3.0
     assert results["eval_mean"] == (3 + 2 + 1 + 3) / 4  # its environments start out of step
 
 
@@ -347,6 +355,17 @@ def test_the_learning_rate_falls_to_zero_or_stays(run_dir) -> None:
     np.testing.assert_allclose(rates, 1e-3 * np.linspace(1.0, 0.1, 10))
     train(small(run_dir / "stays", learning_rate=1e-3, anneal_lr=False))
     assert {row["charts/learning_rate"] for row in read_metrics(run_dir / "stays")} == {1e-3}
+
+
+def test_desired_kl_moves_the_learning_rate(run_dir) -> None:
+    """By the KL of the iteration before, against a wish that falls as the root."""
+    train(small(run_dir, learning_rate=1e-3, desired_kl=1e-3, update_epochs=1))
+    rows = read_metrics(run_dir)
+    rates = [row["charts/learning_rate"] for row in rows]
+    assert rates[0] == 1e-3 and len(set(rates)) > 2
+    for row, rate, wish in zip(rows, rates[1:], 1e-3 * np.linspace(1.0, 0.1, 10) ** 0.5):
+        arguments = row["charts/learning_rate"], row["losses/approx_kl"], wish
+        assert rate == pytest.approx(ppo_discrete.adapt_learning_rate(*arguments))
 
 
 def test_target_kl_ends_an_update_early(monkeypatch, run_dir) -> None:

@@ -16,6 +16,7 @@ SHARED = [
     "clipped_surrogate",
     "kl_penalised_surrogate",
     "adapt_kl_coef",
+    "adapt_learning_rate",
     "value_loss",
     "diagnostics",
     "normalise",
