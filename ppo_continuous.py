@@ -22,6 +22,8 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 """
 
 import dataclasses
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -30,17 +32,18 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -83,6 +86,11 @@ class Args:
     run_dir: Path | None = None  # default: runs/<env>__ppo_continuous__<seed>__<time>
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda only if the network is wide
     num_threads: int = 1  # PyTorch's CPU threads; more help wide networks only
+    compile: bool = False  # torch.compile the loss and its gradient: pays from some minutes on
+    checkpoint_every: int = 25  # iterations between checkpoints; one more at the end or at Ctrl-C
+    resume: Path | None = None  # go on with the run in this folder, with its arguments
+    evaluate: Path | None = None  # only evaluate the run in this folder
+    capture_video: bool = False  # write an mp4 of an episode of the final policy
     eval_episodes: int = 20  # episodes of each final evaluation, deterministic and stochastic
 
     learning_rate: float = 1e-3  # Adam's learning rate at the start
@@ -126,11 +134,20 @@ class Args:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
 
+    @property
+    def restart_every(self) -> int:
+        """Iterations after which all episodes begin anew, some 10,000 steps of each environment.
+
+        An environment's state cannot be saved in general. A resumed run plays the same actions
+        again from the last restart instead, and so ends with the same bits.
+        """
+        return max(1, 10_000 // self.num_steps)
+
     def check(self) -> None:
         """Raise `UserError` for a value or a combination that cannot work."""
         counts = "total_timesteps num_threads eval_episodes num_envs update_epochs num_minibatches"
         for names, low, high, rule in (
-            (counts + " hidden_size", 1, np.inf, "must be at least 1"),
+            (counts + " hidden_size checkpoint_every", 1, np.inf, "must be at least 1"),
             ("num_steps", 2, np.inf, "must be at least 2, for every second row may be a reset"),
             ("seed ent_coef vf_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda", 0, 1, "must lie in [0, 1]"),
@@ -150,14 +167,15 @@ class Args:
             raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device")
+        if self.capture_video and not importlib.util.find_spec("moviepy"):
+            raise UserError('--capture-video needs moviepy: pip install "gymnasium[other]"')
 
 
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make `num_envs` environments with observations (N, D); discrete parts become one-hot.
 
     Raises `UserError` for an environment that is unknown or that this script cannot serve.
     """
-    kwargs = {}
     for pair in args.env_kwargs:
         name, _, text = pair.partition("=")
         try:
@@ -211,11 +229,11 @@ class RunningMoments(nn.Module):
     def update(self, rows: np.ndarray) -> None:
         """Take in rows (B, size): the moments of two sets give those of their union."""
         x = torch.as_tensor(rows, dtype=torch.float64, device=self.mean.device)
-        share = len(x) / (self.count + len(x))
-        delta = x.mean(0) - self.mean
-        self.var += share * (x.var(0, correction=0) - self.var + (1 - share) * delta.square())
+        count, mean, var = moments(x, correction=0)
+        share, delta = count / (self.count + count), mean - self.mean
+        self.var += share * (var - self.var + (1 - share) * delta.square())
         self.mean += share * delta
-        self.count += len(x)
+        self.count += count
 
     def numpy(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation as float32."""
@@ -339,7 +357,9 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: float) -> Tensor:
+def kl_penalised_surrogate(
+    log_ratio: Tensor, advantages: Tensor, kl_coef: Tensor | float
+) -> Tensor:
     """Return mean(r A - beta KL(old, new)) over (M,), to be maximised (PPO eq. 8).
 
     KL(old, new) is estimated by (r - 1) - log r: right on average, and never negative.
@@ -379,12 +399,50 @@ def diagnostics(log_ratio: Tensor, clip_coef: float) -> tuple[float, float]:
     """Return approx_kl, which is KL(old, new) in nats, and the share of ratios out of the range."""
     ratio = log_ratio.exp()
     outside = (ratio - 1.0).abs() > clip_coef
-    return (ratio - 1.0 - log_ratio).mean().item(), outside.float().mean().item()
+    return moments(ratio - 1.0 - log_ratio)[1].item(), moments(outside.float())[1].item()
+
+
+def ppo_loss(
+    agent: Agent, args: Args, batch: Sequence[Tensor], kl_coef: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss to minimise (PPO eq. 9, its sign turned), its parts (3,), log-ratios (M,).
+
+    `batch` holds observations (M, D), actions, and old log-probs, advantages, returns, old values.
+    The parts, for the log, are the policy loss, the value loss and the entropy.
+    """
+    obs, actions, old_log_probs, advantages, returns, old_values = batch
+    log_probs, entropies = agent.log_prob_and_entropy(obs, actions)
+    log_ratio = log_probs - old_log_probs
+    if args.objective == "clip":
+        surrogate = clipped_surrogate(log_ratio.exp(), advantages, args.clip_coef)
+    else:
+        surrogate = kl_penalised_surrogate(log_ratio, advantages, kl_coef)
+    v_clip = args.clip_coef if args.clip_vloss else None
+    v_loss, entropy = value_loss(agent.value(obs), old_values, returns, v_clip), entropies.mean()
+    loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
+    return loss, torch.stack((-surrogate, v_loss, entropy)).detach(), log_ratio.detach()
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Return `x`, made the sum of the `x` of all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def moments(x: Tensor, correction: int = 1) -> tuple[Tensor | int, Tensor, Tensor]:
+    """Return number, mean and variance of the rows (B, ...) of all processes."""
+    if not dist.is_initialized():
+        return len(x), x.mean(0), x.var(0, correction=correction)
+    count = all_sum(x.new_tensor(len(x)))
+    mean = all_sum(x.sum(0)) / count
+    return count, mean, all_sum((x - mean).square().sum(0)) / (count - correction)
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Return `x` shifted and scaled to mean 0 and standard deviation 1."""
-    return (x - x.mean()) / (x.std() + 1e-8)
+    """Return `x` (B,) shifted and scaled to mean 0 and standard deviation 1, of all processes."""
+    _, mean, var = moments(x)
+    return (x - mean) / (var.sqrt() + 1e-8)
 
 
 def critique(agent: Agent, args: Args, rollout: tuple[Tensor, ...]) -> list[Tensor]:
@@ -408,69 +466,77 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     start_time = time.perf_counter()
     args.check()
     torch.set_num_threads(args.num_threads)
-    auto_device = "cuda" if args.hidden_size >= 512 and torch.cuda.is_available() else "cpu"
-    device = torch.device(auto_device if args.device == "auto" else args.device)
+    rank, world_size, device = join_processes(args)  # 0 and 1 without torchrun
     # One stream each, so that a longer evaluation, say, leaves the training as it was.
-    seeds = (np.random.SeedSequence(args.seed).generate_state(5) >> 2).tolist()
-    env_seed, torch_seed, sample_seed, shuffle_seed, eval_seed = seeds
+    env_seed, torch_seed, sample_seed, shuffle_seed, _ = split_seed(args.seed)
     sample_rng, shuffle_rng = map(np.random.default_rng, (sample_seed, shuffle_seed))
     torch.manual_seed(torch_seed)
 
-    T, N = args.num_steps, args.num_envs
+    T, N = args.num_steps, args.num_envs // world_size
+    mine = slice(rank * N, (rank + 1) * N)  # this process's share of all environments
     envs = make_envs(args, N)
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
-    optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
-    kl_coef, learning_rate = args.kl_coef, args.learning_rate
+    optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
+    compiled = compile_loss(agent, args, parameters) if args.compile else None
 
     obs = np.zeros((T + 1, N, agent.obs_dim), np.float32)
     actions = np.zeros((T, N, agent.num_actions), np.float32)
     rewards, discounted_returns = np.zeros((T, N), np.float32), np.zeros((T, N))
     terminated, truncated = np.zeros((T, N), bool), np.zeros((T, N), bool)
-    obs[T], _ = envs.reset(seed=env_seed)
-    was_done = np.zeros(N, bool)
-    episode, discounted = np.zeros((2, N)), np.zeros(N)  # return and length, discounted return
-    recent_returns: deque[float] = deque(maxlen=100)  # of the last 100 episodes
-    last_return, global_step = np.nan, 0
+    run = Progress(
+        args.learning_rate, args.kl_coef, [sample_rng, shuffle_rng], np.zeros((2, N)), np.zeros(N)
+    )
+    if args.resume is not None:
+        obs[T], was_done = restore(args, agent, optimizer, run, rank, envs)
+    run_dir, writer = open_run(args, run) if rank == 0 else (None, None)  # process 0 keeps the run
+    if run_dir is not None:
+        print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
+        if not envs.single_action_space.is_bounded():
+            print("the action space is unbounded: no action is clipped")
+    done_steps, all_steps = run.iteration * args.batch_size, args.num_iterations * args.batch_size
+    no_bar = None if rank == 0 else True  # None: a bar in a terminal only
+    bar = tqdm(total=all_steps, initial=done_steps, unit=" steps", disable=no_bar)
+    streaks: dict[str, int] = {}
+    loop_time, print_time = time.perf_counter() - run.seconds, time.perf_counter()
 
-    run_dir, writer = open_run(args)
-    print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
-    if not envs.single_action_space.is_bounded():
-        print("the action space is unbounded: no action is clipped")
-    bar = tqdm(total=args.num_iterations * args.batch_size, unit=" steps", disable=None)
-    loop_time = print_time = time.perf_counter()
-
-    for iteration in range(args.num_iterations):
+    for iteration in range(run.iteration, args.num_iterations):
         fraction = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
         if args.desired_kl is None:
-            learning_rate = fraction * args.learning_rate
+            run.learning_rate = fraction * args.learning_rate
         if args.log_std_final is not None:
             log_stds = args.log_std_init, args.log_std_final
             agent.log_std.fill_(np.interp(iteration, (0, args.num_iterations), log_stds))
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = run.learning_rate
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
+        if iteration % args.restart_every == 0:
+            run.restart(env_seed + iteration * args.num_envs + rank * N)
+            obs[T], _ = envs.reset(seed=run.restart_seed)
+            was_done = np.zeros(N, bool)
         obs[0] = obs[T]
-        act, noise = agent.numpy_policy(), agent.noise(sample_rng, T, N)
+        act, noise = agent.numpy_policy(), agent.noise(sample_rng, T, args.num_envs)[:, mine]
         with np.errstate(invalid="ignore"):  # a NaN or infinity is reported below
             for t in range(T):
                 actions[t] = act(obs[t], noise[t])
                 step = envs.step(agent.to_env(actions[t]))
                 obs[t + 1], rewards[t], terminated[t], truncated[t], _ = step
+        run.played.append(actions.copy())
         done = terminated | truncated
         real = ~np.concatenate([was_done[None], done[:-1]])  # (T, N), False in reset rows
         was_done = done[-1]
         rewards[~real] = 0.0
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-            raise UserError(f"{args.env_id} gave a NaN or infinity after step {global_step}")
-        global_step += int(real.sum())
+            raise UserError(f"{args.env_id} gave a NaN or infinity after step {run.global_step}")
+        run.global_step += sum(gather([int(real.sum())]))
         episodes = []  # return and length of those that ended in this rollout
         for t in range(T):
-            episode += rewards[t], real[t]
-            discounted_returns[t] = discounted = args.gamma * discounted + rewards[t]
+            run.episode += rewards[t], real[t]
+            discounted_returns[t] = run.discounted = args.gamma * run.discounted + rewards[t]
             if done[t].any():
-                episodes += episode[:, done[t]].T.tolist()
-                episode[:, done[t]] = discounted[done[t]] = 0.0
+                episodes += run.episode[:, done[t]].T.tolist()
+                run.episode[:, done[t]] = run.discounted[done[t]] = 0.0
+        episodes = gather(episodes)
         # The normalisers move between iterations, so that all of one sees the same numbers; only
         # the first needs a look at its own rollout.
         if iteration == 0:
@@ -486,58 +552,55 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         # From here on without the reset rows: obs (B, D), the others (B,).
         batch = [s[keep], a[keep], log_probs[keep], *critique(agent, args, rollout)]
         *_, returns, values = batch
-        unexplained = (returns - values).var() / returns.var()
+        unexplained = moments(returns - values)[2] / moments(returns)[2]
+        share = len(values) / sum(gather([len(values)]))  # of the rows of all processes
 
         # ---- [3] Update: K epochs of shuffled minibatches --------------------------------------
-        losses, epoch_diagnostics = [], []
+        losses: list[Tensor] = []  # of a minibatch: the parts of its loss, its gradient's norm
+        epoch_diagnostics = []
         for epoch in range(args.update_epochs):
             if epoch > 0 and args.recompute_advantages:
                 batch[3:] = critique(agent, args, rollout)
             order = torch.as_tensor(shuffle_rng.permutation(len(batch[0])), device=device)
-            parts = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
+            number = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
             log_ratios = []
-            for mb in zip(*(x[order].tensor_split(parts) for x in batch)):
-                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values = mb
+            for mb in zip(*(x[order].tensor_split(number) for x in batch)):
                 if args.norm_adv == "minibatch":
-                    mb_advantages = normalise(mb_advantages)
-                new_log_probs, entropy = agent.log_prob_and_entropy(mb_obs, mb_actions)
-                log_ratio = new_log_probs - mb_log_probs
-                if args.objective == "clip":
-                    surrogate = clipped_surrogate(log_ratio.exp(), mb_advantages, args.clip_coef)
+                    mb = *mb[:3], normalise(mb[3]), *mb[4:]
+                if compiled is not None:
+                    parts, log_ratio = compiled(mb, run.kl_coef)
                 else:
-                    surrogate = kl_penalised_surrogate(log_ratio, mb_advantages, kl_coef)
-                v_clip = args.clip_coef if args.clip_vloss else None
-                v_loss = value_loss(agent.value(mb_obs), mb_values, mb_returns, v_clip)
-                entropy = entropy.mean()
-                # PPO eq. 9 with its sign turned, for an optimiser minimises.
-                loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
-
-                parameters.grad.zero_()
-                loss.backward()
+                    parameters.grad.zero_()
+                    loss, parts, log_ratio = ppo_loss(agent, args, mb, run.kl_coef)
+                    loss.backward()
+                all_sum(parameters.grad.mul_(share))
                 grad_norm = parameters.grad.norm()
                 parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                 optimizer.step()
-                losses.append((-surrogate.detach(), v_loss.detach(), entropy.detach(), grad_norm))
-                log_ratios.append(log_ratio.detach())
+                losses.append(torch.cat((parts, grad_norm[None])))
+                log_ratios.append(log_ratio)
             epoch_diagnostics.append(diagnostics(torch.cat(log_ratios), args.clip_coef))
             final_kl, _ = epoch_diagnostics[-1]
             if args.objective == "clip" and args.target_kl and final_kl > args.target_kl:
                 break
         if args.objective == "penalty":
-            kl_coef = adapt_kl_coef(kl_coef, final_kl, args.target_kl or 0.01)
+            run.kl_coef = adapt_kl_coef(run.kl_coef, final_kl, args.target_kl or 0.01)
         if args.desired_kl is not None:  # for the next iteration
             wish = args.desired_kl * fraction**0.5
-            learning_rate = adapt_learning_rate(learning_rate, final_kl, wish)
+            run.learning_rate = adapt_learning_rate(run.learning_rate, final_kl, wish)
 
         # ---- [4] Log: means over the iteration -------------------------------------------------
-        means = [torch.stack(loss).mean().item() for loss in zip(*losses)]
+        means = all_sum(share * torch.stack(losses).mean(0)).tolist()
         if not np.isfinite(means).all():
-            raise UserError(f"the loss is not finite at step {global_step}: lower --learning-rate")
-        sps = int(global_step / (time.perf_counter() - loop_time))
+            what = "loss" if not np.isfinite(means[:3]).all() else "gradient"
+            raise UserError(f"{what} not finite at step {run.global_step}: lower --learning-rate")
+        run.seconds = time.perf_counter() - loop_time
+        sps = int(run.global_step / run.seconds)
         mean_return, mean_length = np.mean(episodes, axis=0) if episodes else (np.nan, np.nan)
-        last_return = mean_return if episodes else last_return
-        recent_returns.extend(episode_return for episode_return, _ in episodes)
+        run.last_return = float(mean_return) if episodes else run.last_return
+        run.recent_returns = (run.recent_returns + [r for r, _ in episodes])[-100:]
         approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)
+        clipped = (agent.to_env(actions) != agent.in_env_units(actions)).mean()
         metrics = {
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
@@ -550,106 +613,373 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": clipfrac,
             "losses/explained_variance": 1.0 - unexplained.item(),
-            "losses/kl_coef": kl_coef,
+            "losses/kl_coef": run.kl_coef,
             "charts/action_std": agent.log_std.exp().mean().item(),
-            "charts/clipped_actions": (agent.to_env(actions) != agent.in_env_units(actions)).mean(),
+            "charts/clipped_actions": np.mean(gather([clipped])),
         }
-        for name, value in metrics.items():
-            if not np.isnan(value):
-                writer.add_scalar(name, value, global_step)
-        with open(run_dir / "metrics.csv", "a") as file:
-            if iteration == 0:
-                print("global_step", *metrics, sep=",", file=file)
-            print(global_step, *metrics.values(), sep=",", file=file)
-        bar.set_postfix_str(f"return {last_return:.1f}")
+        if run_dir is not None and writer is not None:
+            log(run_dir, writer, run.global_step, metrics)
+            warn(metrics, streaks)
+        bar.set_postfix_str(f"return {run.last_return:.1f}")
         bar.update(args.batch_size)
-        if bar.disable and time.perf_counter() - print_time > 5:  # no terminal: a line now and then
+        if bar.disable and rank == 0 and time.perf_counter() - print_time > 5:  # no terminal
             print_time = time.perf_counter()
-            print(f"step {global_step:,}  return {last_return:.1f}  {sps:,} steps/s", flush=True)
+            line = f"step {run.global_step:,}  return {run.last_return:.1f}  {sps:,} steps/s"
+            print(line, flush=True)
         if iteration > 0:
             agent.observe(obs[:-1][real], discounted_returns[real])
-        if stop is not None and stop.is_set():
-            print(f"stopped after {global_step} steps")
+        run.iteration = iteration + 1
+        stopped = any(gather([stop is not None and stop.is_set()]))
+        last = stopped or run.iteration == args.num_iterations
+        if last or run.iteration % args.checkpoint_every == 0:
+            save(run_dir, args, agent, optimizer, run)
+        if stopped:
             break
 
     bar.close()
     envs.close()
+    if run_dir is None or writer is None:
+        return agent, {}
     writer.close()
-    results = {"env_id": args.env_id, "seed": args.seed, "global_step": global_step, "sps": sps}
-    results["train_return"] = np.mean(recent_returns) if recent_returns else None
-    for mode in ("deterministic", "stochastic"):
-        scores = evaluate(agent, args, eval_seed, mode == "deterministic")
-        prefix = "eval" if mode == "deterministic" else "eval_stochastic"
-        results |= {f"{prefix}_mean": scores.mean(), f"{prefix}_std": scores.std()}
-        print(f"{mode} evaluation: {scores.mean():.1f} ± {scores.std():.1f}")
-    wall_seconds = round(time.perf_counter() - start_time, 2)
-    results |= {"eval_episodes": args.eval_episodes, "wall_seconds": wall_seconds}
+    if run.iteration < args.num_iterations:
+        print(f"stopped after {run.global_step} steps")
+    results = {"env_id": args.env_id, "seed": args.seed, "global_step": run.global_step}
+    results["sps"] = int(run.global_step / run.seconds)
+    results["train_return"] = np.mean(run.recent_returns) if run.recent_returns else None
+    results |= report(agent, args, run_dir)
+    results["wall_seconds"] = round(time.perf_counter() - start_time, 2)
     write_json(run_dir / "results.json", results)
     return agent, results
 
 
-def evaluate(agent: Agent, args: Args, seed: int, deterministic: bool) -> np.ndarray:
+# ---- What keeps a run. It is no part of PPO: whoever copies this file may cut it away ------------
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, beside its agent and its optimiser."""
+
+    learning_rate: float
+    kl_coef: float
+    rngs: list[np.random.Generator]  # for sampling and shuffling
+    episode: np.ndarray  # (2, N), return and length so far
+    discounted: np.ndarray  # (N,), discounted return so far
+    iteration: int = 0
+    global_step: int = 0
+    seconds: float = 0.0
+    last_return: float = float("nan")
+    recent_returns: list[float] = dataclasses.field(default_factory=list)  # of 100 episodes
+    restart_seed: int = 0  # with which all episodes last began anew
+    played: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions since, each (T, N)
+
+    def restart(self, seed: int) -> None:
+        """Begin all episodes anew."""
+        self.restart_seed, self.played = seed, []
+        self.episode[:] = 0.0
+        self.discounted[:] = 0.0
+
+
+def split_seed(seed: int) -> list[int]:
+    """Return the seeds of environments, weights, sampling, shuffling and evaluation."""
+    return (np.random.SeedSequence(seed).generate_state(5) >> 2).tolist()
+
+
+def join_processes(args: Args) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started; return this one's rank, their number, its device.
+
+    Each steps its share of the environments; their gradients and statistics are joined.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if dist.is_torchelastic_launched() else ()
+    rank, world_size, local_rank = [int(os.environ[name]) for name in names] or (0, 1, 0)
+    wide = args.hidden_size >= 512 and torch.cuda.is_available()
+    cuda = args.device == "cuda" or (args.device == "auto" and wide)
+    device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
+    if world_size > 1 and not dist.is_initialized():
+        what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        if args.num_envs % world_size or args.batch_size < 4 * world_size * args.num_minibatches:
+            raise UserError(f"{what} cannot be split over {world_size} processes")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if cuda:
+            torch.cuda.set_device(device)
+    return rank, world_size, device
+
+
+def gather(items: list) -> list:
+    """Return the lists of all processes, one after the other."""
+    if not dist.is_initialized():
+        return items
+    lists: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return list(itertools.chain(*lists))
+
+
+def compile_loss(agent: Agent, args: Args, parameters: nn.Parameter) -> Callable:
+    """Return a compiled function of a minibatch and kl_coef that fills `parameters.grad`.
+
+    It gives the parts and log-ratios of `ppo_loss`. Loss and gradient are one graph, for compiling
+    the loss and then calling backward() gains nothing. The first call takes half a minute.
+    """
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.agent = agent
+
+        def forward(self, batch: Sequence[Tensor], kl_coef: Tensor) -> tuple[Tensor, tuple]:
+            loss, *for_the_log = ppo_loss(self.agent, args, batch, kl_coef)
+            return loss, tuple(for_the_log)
+
+    module = Loss()
+    names, shapes = zip(*((name, p.shape) for name, p in module.named_parameters()))
+
+    def loss_of(vector: Tensor, batch: Sequence[Tensor], kl_coef: Tensor) -> tuple[Tensor, tuple]:
+        parts = zip(vector.split([shape.numel() for shape in shapes]), shapes)
+        tensors = dict(zip(names, (part.view(shape) for part, shape in parts)))
+        return torch.func.functional_call(module, tensors, (batch, kl_coef))
+
+    mode = "reduce-overhead" if parameters.is_cuda else None  # CUDA graphs
+    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True, mode=mode)
+
+    def fill_gradient(batch: Sequence[Tensor], kl_coef: float) -> list[Tensor]:
+        try:
+            gradient, for_the_log = compiled(parameters.detach(), batch, torch.tensor(kl_coef))
+        except RuntimeError as error:
+            raise UserError(f"--compile: {str(error).strip().splitlines()[0]}") from error
+        parameters.grad.copy_(gradient)
+        return [x.clone() for x in for_the_log]  # the next call may write over them
+
+    return fill_gradient
+
+
+def evaluate(
+    agent: Agent, envs: gym.vector.VectorEnv, seed: int, deterministic: bool
+) -> tuple[np.ndarray, list]:
     """Return the undiscounted returns (E,) of E whole episodes, cut off after 10,000 steps.
 
     Each has an environment of its own: the first E to end in a few would be the short ones.
+    The first one's pictures come second, if the environments draw any.
     """
-    if args.vectorization_mode == "async":  # that would be E processes
-        args = dataclasses.replace(args, vectorization_mode="sync")
-    envs, rng = make_envs(args, args.eval_episodes), np.random.default_rng(seed)
-    act = agent.numpy_policy()
+    act, rng = agent.numpy_policy(), np.random.default_rng(seed)
     obs, _ = envs.reset(seed=seed)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    returns, running, frames = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), []
     for _ in range(10_000):
-        noise = 0.0 if deterministic else agent.noise(rng, args.eval_episodes)
+        if envs.render_mode == "rgb_array" and running[0]:
+            frames.append(envs.render()[0])
+        noise = 0.0 if deterministic else agent.noise(rng, envs.num_envs)
         step = envs.step(agent.to_env(act(obs.astype(np.float32), noise)))
         obs, reward, terminated, truncated, _ = step
         returns[running] += reward[running]
         running &= ~(terminated | truncated)
         if not running.any():
             break
+    return returns, frames
+
+
+def report(agent: Agent, args: Args, run_dir: Path) -> dict:
+    """Evaluate in both modes, print and return the figures; write a video if args say so."""
+    seed = split_seed(args.seed)[-1]
+    if args.vectorization_mode == "async":  # that would be a process for every episode
+        args = dataclasses.replace(args, vectorization_mode="sync")
+    envs = make_envs(args, args.eval_episodes)
+    results: dict[str, float] = {"eval_episodes": args.eval_episodes}
+    for mode, prefix in (("deterministic", "eval"), ("stochastic", "eval_stochastic")):
+        scores, _ = evaluate(agent, envs, seed, mode == "deterministic")
+        results |= {f"{prefix}_mean": scores.mean(), f"{prefix}_std": scores.std()}
+        print(f"{mode} evaluation: {scores.mean():.1f} ± {scores.std():.1f}")
     envs.close()
-    return returns
+    if args.capture_video:
+        from gymnasium.utils.save_video import save_video  # needs moviepy
+
+        envs = make_envs(args, 1, render_mode="rgb_array")
+        _, frames = evaluate(agent, envs, seed, True)
+        fps = envs.metadata.get("render_fps", 30)
+        save_video(frames, str(run_dir), lambda _: True, name_prefix="final", fps=fps)
+        envs.close()
+    return results
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write beside `path`, then rename: a killed run leaves the old file or the new, never half."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Write beside `path`, then rename: a killed run leaves the old file or the new, never half."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
+    """Write `data` as JSON."""
+    write(path, (json.dumps(data, indent=2, default=str) + "\n").encode())
 
 
-def open_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """Make the folder of the run with args.json and a writer of TensorBoard events."""
+def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
+    """Make the folder of a new run, or drop what a resumed one logged after its checkpoint."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = args.run_dir or Path("runs", name.replace("/", "-"))
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = args.resume or args.run_dir or Path("runs", name.replace("/", "-"))
+    if args.resume is None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir {run_dir}: {error}") from error
         if (run_dir / "args.json").exists():
-            raise UserError(f"--run-dir {run_dir} already holds a run: name another folder")
+            raise UserError(f"--run-dir {run_dir} holds a run: --resume it, or name another")
         write_json(run_dir / "args.json", dataclasses.asdict(args))
-        return run_dir, SummaryWriter(run_dir)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: {error}") from error
+    else:
+        lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
+        write(run_dir / "metrics.csv", b"".join(lines[: run.iteration + 1]))  # and the header
+    return run_dir, SummaryWriter(run_dir, purge_step=run.global_step + 1)
+
+
+def log(run_dir: Path, writer: SummaryWriter, step: int, metrics: dict) -> None:
+    """Add the metrics to TensorBoard and to metrics.csv."""
+    for name, value in metrics.items():
+        if not np.isnan(value):
+            writer.add_scalar(name, value, step)
+    with open(run_dir / "metrics.csv", "a") as file:
+        if file.tell() == 0:
+            print("global_step", *metrics, sep=",", file=file)
+        print(step, *metrics.values(), sep=",", file=file)
+
+
+def warn(metrics: dict, streaks: dict[str, int]) -> None:
+    """Say once what has looked wrong for ten iterations in a row; `streaks` counts them."""
+    signs = {
+        "approx_kl > 0.1, the policy leaps: lower --learning-rate": (
+            metrics["losses/approx_kl"] > 0.1
+        ),
+        "explained_variance < 0, the critic is worse than a constant: raise --num-steps": (
+            metrics["losses/explained_variance"] < 0.0
+        ),
+        "nearly all actions leave their box: lower --log-std-init, or look at the rewards": (
+            metrics["charts/clipped_actions"] > 0.9
+        ),
+    }
+    for text, bad in signs.items():
+        streaks[text] = streaks.get(text, 0) + 1 if bad or streaks.get(text, 0) >= 10 else 0
+        if streaks[text] == 10:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def save(run_dir: Path | None, args: Args, agent: Agent, optimizer: Adam, run: Progress) -> None:
+    """Write checkpoint.pt in `run_dir`, if this process has one; each adds what it alone knows."""
+    state = vars(run) | {"rngs": [rng.bit_generator.state for rng in run.rngs]}
+    state |= {"played": np.array(run.played)}
+    state = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+    processes = gather([state])
+    if run_dir is not None:
+        plain_args = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        checkpoint = {"args": plain_args, "agent": agent.state_dict(), "processes": processes}
+        file = io.BytesIO()
+        torch.save(checkpoint | {"optimizer": optimizer.state_dict()}, file)
+        write(run_dir / "checkpoint.pt", file.getvalue())
+
+
+def load(folder: Path) -> dict:
+    """Read a folder's checkpoint as data: `weights_only` refuses a program."""
+    path = folder / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {"args", "agent", "optimizer", "processes"} <= saved.keys():
+            return saved
+    except Exception as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    raise UserError(f"{path} is no checkpoint of a run")
+
+
+def restore(
+    args: Args, agent: Agent, optimizer: Adam, run: Progress, rank: int, envs: gym.vector.VectorEnv
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take up the checkpoint; return the last observations, and which of them end an episode.
+
+    An environment's state cannot be saved in general. So episodes begin anew every `restart_every`
+    iterations, resumed or not, and the actions since the last restart are played again here: an
+    environment that does the same for the same seed and actions is then where it was.
+    """
+    assert args.resume is not None
+    flag, saved = f"--resume {args.resume}:", load(args.resume)
+    states, num_processes = saved["processes"], len(gather([rank]))
+    if len(states) != num_processes:
+        raise UserError(f"{flag} saved by {len(states)} processes, resumed by {num_processes}")
+    for name in ("env_id", "num_envs", "num_steps"):
+        if getattr(args, name) != saved["args"][name]:
+            raise UserError(f"{flag} --{name.replace('_', '-')} was {saved['args'][name]}")
+    try:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{flag} its network is not that of the flags given") from error
+    state = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in states[rank].items()}
+    for rng, rng_state in zip(run.rngs, state.pop("rngs")):
+        rng.bit_generator.state = rng_state
+    vars(run).update(state, played=list(state["played"]))
+    obs, _ = envs.reset(seed=run.restart_seed)
+    done = np.zeros(envs.num_envs, bool)
+    if run.iteration % args.restart_every:
+        for step_actions in itertools.chain(*run.played):
+            obs, _, terminated, truncated, _ = envs.step(agent.to_env(step_actions))
+            done = terminated | truncated
+    return obs, done
+
+
+def evaluate_run(args: Args, folder: Path) -> None:
+    """Evaluate the policy of a folder's checkpoint, as at the end of its training."""
+    args.check()
+    torch.set_num_threads(args.num_threads)
+    agent = Agent(args, make_envs(args, 1))
+    try:
+        agent.load_state_dict(load(folder)["agent"])
+    except RuntimeError as error:
+        raise UserError(f"--evaluate {folder}: its network is not that of the flags") from error
+    report(agent, args, folder)
+
+
+def parse() -> Args:
+    """Return the arguments; those of a run that is resumed or evaluated are the defaults."""
+    faithful = "--config faithful" in " ".join(sys.argv).replace("=", " ")
+    defaults = Args(config="faithful", **FAITHFUL) if faithful else Args()
+    args = tyro.cli(Args, default=defaults)
+    folder = args.resume or args.evaluate
+    if folder is None:
+        return args
+    saved = load(folder)["args"]
+    ours = {"run_dir": folder, "resume": None, "evaluate": None, "capture_video": False}
+    try:
+        defaults = Args(**saved | ours | {"env_kwargs": tuple(saved["env_kwargs"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no run of {Path(__file__).name}") from error
+    return tyro.cli(Args, default=defaults)
 
 
 def main() -> None:
     """Run from the command line: Ctrl-C ends the training in order, `UserError` is one line."""
-    stop = threading.Event()
+    stop, status = threading.Event(), 0
 
-    def on_ctrl_c(*_: object) -> None:
+    def on_signal(number: int, _: object) -> None:
+        nonlocal status
+        status = 128 + number  # what a shell expects
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
 
-    signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
-        faithful = "--config faithful" in " ".join(sys.argv).replace("=", " ")
-        defaults = Args(config="faithful", **FAITHFUL) if faithful else Args()
-        train(tyro.cli(Args, default=defaults), stop)
-    except UserError as error:
+        args = parse()
+        if args.evaluate is not None:
+            evaluate_run(args, args.evaluate)
+        else:
+            train(args, stop)
+    except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    if stop.is_set():
-        sys.exit(130)  # what a shell expects after Ctrl-C
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"{Path(__file__).name}: another process has ended: {reason}", file=sys.stderr)
+        sys.exit(1)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ GRPO (Shao et al. 2024, 2402.03300). "N details" is "The N Implementation Detail
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -72,6 +73,9 @@ class Args:
     num_threads: int = 1  # PyTorch's CPU threads; more help wide networks only
     load_sft: Path | None = None  # skip stage 1: sft.pt of an earlier run
     load_reward_model: Path | None = None  # skip stage 2: reward_model.pt of an earlier run
+    checkpoint_every: int = 10  # iterations of PPO between checkpoints; one more at Ctrl-C
+    resume: Path | None = None  # go on with the run in this folder, with its arguments
+    evaluate: Path | None = None  # only evaluate the run in this folder
     eval_prompts: int = 1024  # fresh prompts of the final evaluation
 
     num_layers: int = 2  # of each of the four transformers
@@ -126,7 +130,8 @@ class Args:
         rates = "learning_rate sft_learning_rate rm_learning_rate temperature ref_kl_target "
         for names, low, high, rule in (
             (
-                counts + "warmup_iterations update_epochs num_minibatches kl_horizon",
+                counts
+                + "checkpoint_every warmup_iterations update_epochs num_minibatches kl_horizon",
                 1,
                 np.inf,
                 "must be at least 1",
@@ -636,8 +641,13 @@ def ppo(
     reward_model: Transformer | None,
     log: Log,
     stop: threading.Event | None = None,
+    run_dir: Path | None = None,
+    saved: dict | None = None,
 ) -> tuple[Transformer, Transformer | None]:
-    """Stage 3: return the policy, which starts as the reference, and the value model, if any."""
+    """Stage 3: return the policy, which starts as the reference, and the value model, if any.
+
+    Checkpoints go to `run_dir`; the stage goes on from the checkpoint `saved`, if there is one.
+    """
     rng, generator = streams(args, 3)
     policy, value = copy.deepcopy(reference).requires_grad_(True), None
     copies = args.group_size if args.baseline == "group" else 1
@@ -647,12 +657,15 @@ def ppo(
             value = copy.deepcopy(reward_model).requires_grad_(True)
     parameters = [p for model in (policy, value) if model is not None for p in model.parameters()]
     optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
-    kl_coef = args.kl_coef
-    num_answers = args.num_iterations * args.batch_size
-    bar = tqdm(total=num_answers, desc="PPO", unit=" answers", disable=None)
+    first_iteration, kl_coef = 0, args.kl_coef
+    keep = (policy, value, optimizer, rng, generator)
+    if saved is not None:
+        first_iteration, kl_coef = restore(saved, *keep)
+    done, num_answers = (n * args.batch_size for n in (first_iteration, args.num_iterations))
+    bar = tqdm(initial=done, total=num_answers, desc="PPO", unit=" answers", disable=None)
     loop_time = print_time = time.perf_counter()
 
-    for iteration in range(args.num_iterations):
+    for iteration in range(first_iteration, args.num_iterations):
         fraction = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
         # Adam's first steps have full length in every weight: unwarmed, they wreck the policy.
         fraction = min(fraction, (iteration + 1) / args.warmup_iterations)
@@ -724,7 +737,7 @@ def ppo(
             raise UserError(
                 f"the loss is not finite at answer {global_step}: lower --learning-rate"
             )
-        sps = int(global_step / (time.perf_counter() - loop_time))
+        sps = int((global_step - done) / (time.perf_counter() - loop_time))
         approx_kl, clipfrac = diagnostics(torch.cat(log_ratios), args.clip_coef)
         unexplained = (returns - values)[mask].var() / returns[mask].var()
         metrics = {
@@ -760,7 +773,11 @@ def ppo(
         if bar.disable and time.perf_counter() - print_time > 5:  # no terminal: a line now and then
             print_time = time.perf_counter()
             print(f"answer {global_step:,}  {progress}  {sps:,} answers/s", flush=True)
-        if stop is not None and stop.is_set():
+        stopped = stop is not None and stop.is_set()
+        last = stopped or iteration + 1 == args.num_iterations
+        if run_dir is not None and (last or (iteration + 1) % args.checkpoint_every == 0):
+            save(run_dir, *keep, iteration + 1, kl_coef)
+        if stopped:
             print(f"stopped after {global_step} answers")
             break
     bar.close()
@@ -838,11 +855,17 @@ def train(
     task, rm_results = TASKS[args.task], {}
     sizes = ("num_iterations", "batch_size", "update_epochs")
     args = dataclasses.replace(args, **{x: getattr(args, x) or getattr(task, x) for x in sizes})
+    saved = None
+    if args.resume is not None:  # the stages that are complete have left their models
+        saved = load_checkpoint(args.resume)
+        names = {"load_sft": "sft.pt", "load_reward_model": "reward_model.pt"}
+        there = {k: args.resume / v for k, v in names.items() if (args.resume / v).exists()}
+        args = dataclasses.replace(args, **there)
     reference = load_model(args, task, False, args.load_sft)[0] if args.load_sft else None
     reward_model = None
     if args.load_reward_model:
         reward_model, rm_results = load_model(args, task, True, args.load_reward_model)
-    run_dir, writer = open_run(args)
+    run_dir, writer = open_run(args, saved["iteration"] if saved is not None else 0)
     print(f"{args.task}: three stages on {resolve_device(args)}, logged to {run_dir}")
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -878,20 +901,15 @@ def train(
 
         # ---- Stage 3: PPO ----------------------------------------------------------------------
         reward_fn = reward_fn or task.gold_scores
-        policy, value = ppo(args, task, reference, reward_fn, reward_model, log, stop)
+        policy, value = ppo(
+            args, task, reference, reward_fn, reward_model, log, stop, run_dir, saved
+        )
         save_model(run_dir / "policy.pt", policy)
         if value is not None:
             save_model(run_dir / "value.pt", value)
         show("PPO", policy, args.num_iterations * args.batch_size)
 
-        before, after = (evaluate(args, task, m, reference, reward_fn) for m in (reference, policy))
-        after["optimum_share"] = optimum_share(args, task, policy, reference, reward_fn)
-        print(f"{args.eval_prompts} fresh prompts        SFT       PPO")
-        for name, number in after.items():
-            cells = (
-                f"{x:10.3f}" if x is not None else "         -" for x in (before.get(name), number)
-            )
-            print(f"    {name:16}", *cells, sep="")
+    before, after = report(args, task, policy, reference, reward_fn)
     results = {"task": args.task, "seed": args.seed, "kl_coef": args.kl_coef}
     results |= {f"sft_{name}": before[name] for name in ("gold", "grammatical", "greedy_gold")}
     results |= rm_results | after
@@ -902,12 +920,103 @@ def train(
     return policy, results
 
 
+def report(
+    args: Args, task: Task, policy: Transformer, reference: Transformer, reward_fn: RewardFunction
+) -> tuple[dict, dict]:
+    """Evaluate reference and policy, print and return the figures of each."""
+    before, after = (evaluate(args, task, m, reference, reward_fn) for m in (reference, policy))
+    after["optimum_share"] = optimum_share(args, task, policy, reference, reward_fn)
+    print(f"{args.eval_prompts} fresh prompts        SFT       PPO")
+    for name, number in after.items():
+        cells = (
+            f"{x:10.3f}" if x is not None else "         -" for x in (before.get(name), number)
+        )
+        print(f"    {name:16}", *cells, sep="")
+    return before, after
+
+
+def evaluate_run(args: Args, folder: Path) -> None:
+    """Evaluate the policy in a folder, as at the end of its training."""
+    args.check()
+    torch.set_num_threads(args.num_threads)
+    task = TASKS[args.task]
+    policy, reference = (
+        load_model(args, task, False, folder / f"{x}.pt")[0] for x in ("policy", "sft")
+    )
+    reward_fn: RewardFunction = task.gold_scores
+    if task.learned:
+        reward_model, _ = load_model(args, task, True, folder / "reward_model.pt")
+        reward_fn = learned_reward(args, task, reward_model)
+    report(args, task, policy, reference, reward_fn)
+
+
+def save(
+    run_dir: Path,
+    policy: Transformer,
+    value: Transformer | None,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    iteration: int,
+    kl_coef: float,
+) -> None:
+    """Write checkpoint.pt, from which `restore` goes on."""
+    checkpoint = {
+        "policy": policy.state_dict(),
+        "value": value.state_dict() if value is not None else {},
+        "optimizer": optimizer.state_dict(),
+        "rng": rng.bit_generator.state,
+        "generator": generator.get_state(),
+        "iteration": iteration,
+        "kl_coef": kl_coef,
+    }
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    write(run_dir / "checkpoint.pt", file.getvalue())
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """Read a folder's checkpoint, if it has one, as data: `weights_only` refuses a program."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {"policy", "value", "optimizer", "rng", "iteration", "kl_coef"} <= saved.keys():
+            return saved
+    except Exception as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    raise UserError(f"{path} is no checkpoint of a run")
+
+
+def restore(
+    saved: dict,
+    policy: Transformer,
+    value: Transformer | None,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> tuple[int, float]:
+    """Take up a checkpoint; return the iterations done and the KL coefficient."""
+    try:
+        policy.load_state_dict(saved["policy"])
+        if value is not None:
+            value.load_state_dict(saved["value"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError("--resume: its networks are not those of the flags given") from error
+    rng.bit_generator.state = saved["rng"]
+    generator.set_state(saved["generator"])
+    return saved["iteration"], saved["kl_coef"]
+
+
 def save_model(path: Path, model: Transformer, metrics: dict[str, float] | None = None) -> None:
-    """Write beside `path`, then rename, as `write_json` does."""
-    temporary = path.with_suffix(".tmp")
+    """Write the weights, and what it takes to see whether they fit."""
+    file = io.BytesIO()
     state = {"config": model.config, "metrics": metrics or {}, "model": model.state_dict()}
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    torch.save(state, file)
+    write(path, file.getvalue())
 
 
 def load_model(args: Args, task: Task, scalar: bool, path: Path) -> tuple[Transformer, dict]:
@@ -927,43 +1036,77 @@ def load_model(args: Args, task: Task, scalar: bool, path: Path) -> tuple[Transf
     return model.requires_grad_(False), metrics
 
 
-def write_json(path: Path, data: dict) -> None:
+def write(path: Path, data: bytes) -> None:
     """Write beside `path`, then rename: a killed run leaves the old file or the new, never half."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def open_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """Make the folder of the run with args.json and a writer of TensorBoard events."""
+def write_json(path: Path, data: dict) -> None:
+    """Write `data` as JSON."""
+    write(path, (json.dumps(data, indent=2, default=str) + "\n").encode())
+
+
+def open_run(args: Args, iterations: int) -> tuple[Path, SummaryWriter]:
+    """Make the folder of a new run, or drop what a resumed one logged after its checkpoint."""
     name = f"{args.task}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = args.run_dir or Path("runs", name)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = args.resume or args.run_dir or Path("runs", name)
+    if args.resume is None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir {run_dir}: {error}") from error
         if (run_dir / "args.json").exists():
-            raise UserError(f"--run-dir {run_dir} already holds a run: name another folder")
+            raise UserError(f"--run-dir {run_dir} holds a run: --resume it, or name another")
         write_json(run_dir / "args.json", dataclasses.asdict(args))
-        return run_dir, SummaryWriter(run_dir)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: {error}") from error
+    elif (run_dir / "metrics.csv").exists():
+        lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
+        write(run_dir / "metrics.csv", b"".join(lines[: iterations + 1]))  # and the header
+    return run_dir, SummaryWriter(run_dir, purge_step=iterations * args.batch_size + 1)
+
+
+def parse() -> Args:
+    """Return the arguments; those of a run that is resumed or evaluated are the defaults."""
+    args = tyro.cli(Args)
+    folder = args.resume or args.evaluate
+    if folder is None:
+        return args
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        paths = {"run_dir": folder, "resume": None, "evaluate": None}
+        paths |= {k: Path(saved[k]) for k in ("load_sft", "load_reward_model") if saved[k]}
+        defaults = Args(**saved | paths)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no run of {Path(__file__).name}: {error}") from error
+    return tyro.cli(Args, default=defaults)
 
 
 def main() -> None:
     """Run from the command line: Ctrl-C ends the training in order, `UserError` is one line."""
-    stop = threading.Event()
+    stop, status = threading.Event(), 0
 
-    def on_ctrl_c(*_: object) -> None:
+    def on_signal(number: int, _: object) -> None:
+        nonlocal status
+        status = 128 + number  # what a shell expects
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
 
-    signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
-        train(tyro.cli(Args), stop)
-    except UserError as error:
+        args = parse()
+        if args.evaluate is not None:
+            evaluate_run(args, args.evaluate)
+        else:
+            train(args, stop)
+    except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(130 if stop.is_set() else 2)
-    if stop.is_set():
-        sys.exit(130)  # what a shell expects after Ctrl-C
+        sys.exit(status or 2)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,13 @@ PARSER = {  # what the library that parses the flags finds, in a box of its own
 def run_main(monkeypatch, flags: str) -> int:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["ppo_discrete.py", *flags.split()])
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(SystemExit) as stopped:
             ppo_discrete.main()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers:
+            signal.signal(number, handler)
     return stopped.value.code
 
 
@@ -121,7 +122,7 @@ def test_a_run_names_its_own_folder(tmp_path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"CartPole-v1__ppo_discrete__1__\d+", folder.name)
     names = {path.name.split(".")[0] for path in folder.iterdir()}
-    assert names == {"args", "metrics", "results", "events"}
+    assert names == {"args", "metrics", "results", "events", "checkpoint"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

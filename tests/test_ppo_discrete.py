@@ -382,7 +382,7 @@ def test_gradients_are_clipped_and_rows_used_once_an_epoch(monkeypatch, run_dir)
             norms.append(self.param_groups[0]["params"][0].grad.norm().item())
             return super().step(closure)
 
-    monkeypatch.setattr(torch.optim, "Adam", Recorder)
+    monkeypatch.setattr(ppo_discrete, "Adam", Recorder)
     seen = spy(monkeypatch, "log_prob_and_entropy", Agent)
     train(small(run_dir, env_id="CartPole-v1", max_grad_norm=0.1, num_minibatches=3))
     assert max(norms) < 0.1 + 1e-5 and max(norms) > 0.09
@@ -510,7 +510,8 @@ def test_an_evaluation_counts_one_whole_episode_of_each_environment() -> None:
     gym.register(id="test/Uneven-v0", vector_entry_point=Uneven)
     args = Args(env_id="test/Uneven-v0", eval_episodes=6)
     agent = Agent(args, ppo_discrete.make_envs(args, 1))
-    assert ppo_discrete.evaluate(agent, args, 0, True).tolist() == [2, 30, 2, 30, 2, 30]
+    returns, _ = ppo_discrete.evaluate(agent, ppo_discrete.make_envs(args, 6), 0, True)
+    assert returns.tolist() == [2, 30, 2, 30, 2, 30]
 
 
 def test_stop_ends_the_run_in_order(run_dir) -> None:
@@ -540,7 +541,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_dir) -> None:
 def test_a_run_folder_is_never_used_twice(run_dir) -> None:
     train(small(run_dir))
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="holds a run: --resume it"):
         train(small(run_dir))
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -549,7 +550,7 @@ def test_command_line_error_is_one_line(tmp_path):
 
 def test_existing_run_is_not_overwritten(tmp_path):
     (tmp_path / "args.json").write_text("mine")
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="holds a run: --resume it"):
         rlhf.train(tiny(run_dir=tmp_path))
     assert (tmp_path / "args.json").read_text() == "mine"
 
@@ -563,3 +564,69 @@ def test_stop_ends_ppo_in_order(tmp_path):
     assert len(rows) == 1
     with pytest.raises(UserError, match="stopped"):
         rlhf.train(args, stop)
+
+
+class StopAfter(threading.Event):
+    """Is set as soon as a run has logged so many iterations of PPO."""
+
+    def __init__(self, run_dir, iterations: int):
+        super().__init__()
+        self.metrics, self.iterations = run_dir / "metrics.csv", iterations
+
+    def is_set(self) -> bool:
+        return self.metrics.exists() and self.metrics.read_text().count("\n") > self.iterations
+
+
+@pytest.mark.parametrize("flags", [{}, dict(task="arithmetic", baseline="group", group_size=4)])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)  # or all answers are worth nothing yet
+    flags = flags | dict(num_iterations=5, ref_kl_target=1.0, checkpoint_every=2)
+    whole, expected = rlhf.train(tiny(run_dir=tmp_path / "whole", **flags))
+    args = tiny(run_dir=tmp_path / "parts", **flags)
+    rlhf.train(args, StopAfter(args.run_dir, 3))
+    with open(args.run_dir / "metrics.csv", "a") as file:
+        file.write("64,half a li")  # as a run leaves it that is killed before its next checkpoint
+    args = dataclasses.replace(args, resume=args.run_dir)
+    policy, results = rlhf.train(args)
+    assert all(map(torch.equal, whole.parameters(), policy.parameters()))
+    assert results | {"wall_seconds": 0} == expected | {"wall_seconds": 0}
+    rows = [(tmp_path / x / "metrics.csv").read_text().splitlines() for x in ("whole", "parts")]
+    for first, second in zip(*rows, strict=True):
+        cells = [row.split(",") for row in (first, second)]
+        assert cells[0][:4] == cells[1][:4] and cells[0][5:] == cells[1][5:]  # 4 is the speed
+
+
+def test_a_run_stopped_before_ppo_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    args = tiny(run_dir=tmp_path / "a")
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(UserError, match="stopped in the stage SFT"):
+        rlhf.train(args, stop)
+    policy, _ = rlhf.train(dataclasses.replace(args, resume=args.run_dir))
+    whole, _ = rlhf.train(tiny(run_dir=tmp_path / "b"))
+    assert all(map(torch.equal, whole.parameters(), policy.parameters()))
+
+
+def test_a_damaged_checkpoint_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    args = tiny(run_dir=tmp_path / "a")
+    rlhf.train(args)
+    path = args.run_dir / "checkpoint.pt"
+    for data in (path.read_bytes()[:1000], b"", b"text"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="cannot be read"):
+            rlhf.train(dataclasses.replace(args, resume=args.run_dir))
+
+
+def test_evaluating_a_folder_gives_the_figures_of_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    rlhf.train(tiny(run_dir=tmp_path / "a"))
+    table = capsys.readouterr().out.partition("fresh prompts")[2]
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf_toy.py", "--evaluate", str(tmp_path / "a")])
+    rlhf.main()
+    assert capsys.readouterr().out.partition("fresh prompts")[2] == table
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf_toy.py", "--evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        rlhf.main()
+    assert stopped.value.code == 2 and "holds no run" in capsys.readouterr().err

@@ -21,8 +21,22 @@ SHARED = [
     "diagnostics",
     "normalise",
     "critique",
+    "ppo_loss",
+    "all_sum",
+    "moments",
+    "split_seed",
+    "join_processes",
+    "gather",
+    "compile_loss",
+    "report",
+    "write",
     "write_json",
     "open_run",
+    "log",
+    "save",
+    "load",
+    "evaluate_run",
+    "main",
 ]
 
 

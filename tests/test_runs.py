@@ -1,0 +1,431 @@
+"""What keeps a run: checkpoints, resuming, evaluating again, several processes, compiling."""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_continuous
+import ppo_discrete
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [ppo_discrete, ppo_continuous]
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def small(script, run_dir: Path, **changes):
+    """Arguments of a run of 12 iterations, which takes about a second."""
+    env_id = "CartPole-v1" if script is ppo_discrete else "Pendulum-v1"
+    quick = dict(env_id=env_id, num_envs=4, num_steps=32, total_timesteps=12 * 128)
+    quick |= dict(num_minibatches=4, update_epochs=2, eval_episodes=3, run_dir=run_dir)
+    return script.Args(**(quick | changes))
+
+
+class StopAfter(threading.Event):
+    """Is set when it is asked for the n-th time, which `train` does once an iteration."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.countdown = n
+
+    def is_set(self) -> bool:
+        self.countdown -= 1
+        return self.countdown <= 0
+
+
+def parameters(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal to the last bit: parameters, normalisers, every line of the metrics but the speed."""
+    a, b = parameters(one), parameters(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for first, second in itertools.zip_longest(read_metrics(one), read_metrics(other)):
+        assert {**first, "charts/SPS": ""} == {**second, "charts/SPS": ""}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- Resuming ----------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("restart_every", [1, 5, 100])
+@pytest.mark.parametrize("mode", ["sync", None])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    script, tmp_path, monkeypatch, restart_every: int, mode: str | None
+) -> None:
+    monkeypatch.setattr(script.Args, "restart_every", restart_every)
+    flags = dict(target_kl=0.02, vectorization_mode=mode)
+    script.train(small(script, tmp_path / "whole", **flags))
+    args = small(script, tmp_path / "parts", **flags)
+    script.train(args, StopAfter(3))
+    args = dataclasses.replace(args, resume=args.run_dir)
+    script.train(args, StopAfter(4))
+    assert len(read_metrics(tmp_path / "parts")) == 7
+    script.train(args)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts")
+    )
+    for results in (whole, parts):
+        del results["sps"], results["wall_seconds"]
+    assert whole == parts
+
+
+def test_restarting_ends_the_episodes_and_counts_nothing_twice(tmp_path, monkeypatch) -> None:
+    """An episode of 500 steps in rollouts of 32 ends only if nothing restarts it in between."""
+    flags = dict(env_id="Pendulum-v1")  # 200 steps each
+    monkeypatch.setattr(ppo_continuous.Args, "restart_every", 3)
+    ppo_continuous.train(small(ppo_continuous, tmp_path / "cut", **flags))
+    assert all(row["charts/episodic_return"] == "nan" for row in read_metrics(tmp_path / "cut"))
+    monkeypatch.setattr(ppo_continuous.Args, "restart_every", 100)
+    ppo_continuous.train(small(ppo_continuous, tmp_path / "whole", **flags))
+    lengths = {row["charts/episodic_length"] for row in read_metrics(tmp_path / "whole")}
+    assert lengths == {"nan", "200.0"}
+
+
+def test_the_metrics_go_on_without_a_gap_or_a_repeat(tmp_path) -> None:
+    """What a killed run logged after its checkpoint is logged again when it is resumed."""
+    args = small(ppo_discrete, tmp_path / "run", checkpoint_every=4)
+    ppo_discrete.train(args, StopAfter(6))
+    shutil.copy(tmp_path / "run" / "checkpoint.pt", tmp_path / "at6.pt")
+    resumed = dataclasses.replace(args, resume=args.run_dir)
+    ppo_discrete.train(resumed, StopAfter(3))
+    shutil.copy(tmp_path / "at6.pt", tmp_path / "run" / "checkpoint.pt")  # as if killed after it
+    with open(tmp_path / "run" / "metrics.csv", "a") as file:
+        file.write("1234,half a li")
+    ppo_discrete.train(resumed)
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def train_in_a_process(args, resume: bool) -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    ppo_discrete.train(dataclasses.replace(args, resume=args.run_dir if resume else None))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
+def test_killed_and_resumed_over_and_over(tmp_path, kills: int = 20) -> None:
+    """SIGKILL at random moments never leaves a checkpoint that cannot be read and gone on with."""
+    flags = dict(total_timesteps=40 * 128, checkpoint_every=1)
+    args = small(ppo_discrete, tmp_path / "killed", **flags)
+    rng, fork = random.Random(0), multiprocessing.get_context("fork")
+    killed = 0
+    for _ in range(10 * kills):
+        resume = (args.run_dir / "checkpoint.pt").exists()
+        if not resume:
+            shutil.rmtree(args.run_dir, ignore_errors=True)
+        process = fork.Process(target=train_in_a_process, args=(args, resume))
+        process.start()
+        process.join(rng.uniform(0.02, 0.6) if killed < kills else None)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            killed += 1
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert killed >= 5  # the run is short, so it may end before 20
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "whole", **flags))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# ---- Folders that cannot be taken up -----------------------------------------------------------
+
+
+def run_main(monkeypatch, capsys, script, flags: str) -> tuple[int, str]:
+    """Return the exit status and what was printed to stderr."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    status = 0
+    try:
+        script.main()
+    except SystemExit as stopped:
+        status = stopped.code
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    return status, capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def damage(path: Path, how: str) -> str:
+    """Damage a checkpoint; return what the message has to say."""
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "missing":
+        path.unlink()
+    elif how == "text":
+        path.write_text("no checkpoint")
+    elif how == "noise":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif how == "program":
+        torch.save({"args": Bomb(), "agent": {}, "optimizer": {}, "processes": []}, path)
+    elif how == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+        return "no checkpoint of a run"
+    elif how == "list":
+        torch.save([1, 2], path)
+    elif how == "other script":
+        torch.save(torch.load(path) | {"args": {"lr": 1}}, path)
+        return "holds no run of ppo_discrete.py"
+    return "cannot be read"
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize(
+    "how",
+    "truncated empty missing text noise pickle program foreign list other_script".split(),
+)
+def test_a_damaged_checkpoint_is_one_clear_line(
+    tmp_path, monkeypatch, capsys, flag: str, how: str
+) -> None:
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "run"), StopAfter(2))
+    said = damage(tmp_path / "run" / "checkpoint.pt", how.replace("_", " "))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    status, error = run_main(monkeypatch, capsys, ppo_discrete, f"{flag} {tmp_path / 'run'}")
+    assert status == 2 and error.count("\n") == 1 and said in error
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--hidden-size 32", "its network is not that of the flags given"),
+        ("--env-id Acrobot-v1", "--env-id was CartPole-v1"),
+        ("--num-envs 8", "--num-envs was 4"),
+        ("--num-steps 64", "--num-steps was 32"),
+        ("--checkpoint-every 0", "--checkpoint-every 0 must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit_the_folder(tmp_path, monkeypatch, capsys, flags, said) -> None:
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "run"), StopAfter(2))
+    status, error = run_main(
+        monkeypatch, capsys, ppo_discrete, f"--resume {tmp_path / 'run'} {flags}"
+    )
+    assert status == 2 and error.count("\n") == 1 and said in error
+
+
+def test_a_run_killed_in_its_evaluation_is_evaluated_when_resumed(tmp_path) -> None:
+    args = small(ppo_discrete, tmp_path / "run")
+    _, results = ppo_discrete.train(args)
+    (tmp_path / "run" / "results.json").unlink()
+    _, again = ppo_discrete.train(dataclasses.replace(args, resume=args.run_dir))
+    assert (tmp_path / "run" / "results.json").exists()
+    assert again | {"wall_seconds": 0} == results | {"wall_seconds": 0}
+
+
+def test_a_longer_run_goes_on_from_a_complete_one(tmp_path, monkeypatch, capsys) -> None:
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "run"))
+    flags = f"--resume {tmp_path / 'run'} --total-timesteps {15 * 128}"
+    assert run_main(monkeypatch, capsys, ppo_discrete, flags)[0] == 0
+    assert len(read_metrics(tmp_path / "run")) == 15
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    run_dir = tmp_path / "run"
+    ppo_discrete.train(small(ppo_discrete, run_dir), StopAfter(2))
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    (run_dir / "checkpoint.tmp").symlink_to("/dev/full")
+    status, error = run_main(monkeypatch, capsys, ppo_discrete, f"--resume {run_dir}")
+    assert status == 2 and "No space left on device" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+# ---- Evaluating and watching -------------------------------------------------------------------
+
+
+@both
+def test_evaluating_a_folder_gives_the_figures_of_the_training(
+    script, tmp_path, monkeypatch, capsys
+) -> None:
+    script.train(small(script, tmp_path / "run"))
+    figures = [x for x in capsys.readouterr().out.splitlines() if "evaluation" in x]
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--evaluate", str(tmp_path / "elsewhere")])
+    script.main()
+    assert capsys.readouterr().out.splitlines() == figures and len(figures) == 2
+
+
+@both
+def test_a_video_shows_an_episode_of_the_final_policy(script, tmp_path, capsys) -> None:
+    pytest.importorskip("moviepy")
+    script.train(small(script, tmp_path / "run", capture_video=True, total_timesteps=128))
+    assert [p.stat().st_size > 1000 for p in (tmp_path / "run").glob("*.mp4")] == [True]
+
+
+# ---- Guard rails -------------------------------------------------------------------------------
+
+
+def test_what_looks_wrong_for_long_is_said_once(capsys) -> None:
+    streaks: dict[str, int] = {}
+    fine = {"losses/approx_kl": 0.01, "losses/explained_variance": 0.5, "losses/entropy": 1.0}
+    bad = fine | {"losses/approx_kl": 0.2}
+    for metrics in [bad] * 9 + [fine] + [bad] * 9:
+        ppo_discrete.warn(metrics, streaks)
+    assert capsys.readouterr().err == ""
+    for metrics in [bad] * 30 + [fine] + [bad] * 30:
+        ppo_discrete.warn(metrics, streaks)
+    assert capsys.readouterr().err.count("approx_kl > 0.1") == 1
+    for metrics in [fine | {"losses/explained_variance": -0.1}] * 10:
+        ppo_discrete.warn(metrics, streaks)
+    assert capsys.readouterr().err.count("explained_variance < 0") == 1
+
+
+@both
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(script, tmp_path, monkeypatch) -> None:
+    args = small(script, tmp_path / "run", checkpoint_every=1)
+    script.train(args, StopAfter(2))
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    original = script.value_loss
+    monkeypatch.setattr(script, "value_loss", lambda *x: original(*x) * float("nan"))
+    with pytest.raises(script.UserError, match="loss not finite at step"):
+        script.train(dataclasses.replace(args, resume=args.run_dir))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+# ---- Several processes -------------------------------------------------------------------------
+
+CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+import os, torch, tests.envs, {script} as script
+from pathlib import Path
+agent, _ = script.train(script.Args(**{flags!r}, run_dir=Path({run_dir!r})))
+torch.save(agent.state_dict(), {out!r} + os.environ.get("RANK", "0"))
+"""
+
+
+def torchrun(tmp_path: Path, script, processes: int, **flags) -> list[dict[str, torch.Tensor]]:
+    """Train with so many processes; return the parameters of each."""
+    name = f"{script.__name__}{processes}"
+    child, out = tmp_path / f"{name}.py", str(tmp_path / f"{name}_")
+    fill = dict(script=script.__name__, flags=flags, run_dir=str(tmp_path / name))
+    child.write_text(CHILD.format(root=str(ROOT), out=out, **fill))
+    launch = "-m torch.distributed.run --standalone --nproc-per-node".split()
+    command = [sys.executable, *launch, str(processes), str(child)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("iterations on") == 1  # one process speaks
+    return [torch.load(f"{out}{rank}", weights_only=True) for rank in range(processes)]
+
+
+@both
+def test_two_processes_do_what_one_does_with_the_joined_batch(script, tmp_path) -> None:
+    """One minibatch is the whole batch, so that its rows need not be shuffled in the same order."""
+    flags = dict(env_id="test/Poison-v0" if script is ppo_discrete else "test/Target-v0")
+    flags |= dict(num_envs=6, num_steps=32, num_minibatches=1, update_epochs=1, eval_episodes=2)
+    flags |= dict(norm_adv="minibatch", total_timesteps=192)
+    (alone,) = torchrun(tmp_path, script, 1, **flags)
+    first, second = torchrun(tmp_path, script, 2, **flags)
+    for name in alone:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(alone[name], first[name], rtol=1e-4, atol=1e-6)
+    one, two = (read_metrics(tmp_path / f"{script.__name__}{n}") for n in (1, 2))
+    for name in one[0]:
+        if name != "charts/SPS":
+            assert np.isclose(float(one[0][name]), float(two[0][name]), 1e-3, 1e-5, True), name
+
+
+def test_two_processes_stay_equal_and_resume(tmp_path) -> None:
+    flags = dict(num_envs=4, num_steps=32, update_epochs=2, eval_episodes=2, checkpoint_every=3)
+    flags |= dict(norm_adv="minibatch", target_kl=0.02, total_timesteps=6 * 128)
+    first, second = torchrun(tmp_path, ppo_discrete, 2, **flags)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = torch.load(tmp_path / "ppo_discrete2" / "checkpoint.pt", weights_only=True)
+    assert len(saved["processes"]) == 2
+    args = ppo_discrete.Args(**flags, resume=tmp_path / "ppo_discrete2")
+    with pytest.raises(ppo_discrete.UserError, match="saved by 2 processes, resumed by 1"):
+        ppo_discrete.train(args)
+
+
+def test_environments_that_do_not_divide_are_one_clear_line(tmp_path) -> None:
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 ppo_discrete.py".split()
+    command = [sys.executable, *launch, "--num-envs", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode != 0
+    said = "ppo_discrete.py: --num-envs 5 x --num-steps 32 cannot be split over 2 processes"
+    assert said in done.stderr.splitlines()
+
+
+def test_when_one_process_is_killed_all_end_and_the_run_can_go_on(tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 ppo_discrete.py".split()
+    flags = f"--run-dir {run_dir} --total-timesteps 2000000 --checkpoint-every 2".split()
+    command = [sys.executable, *launch, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as group:
+        while not (run_dir / "checkpoint.pt").exists():
+            assert group.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, error = group.communicate(timeout=60)
+    assert group.returncode != 0 and "another process has ended" in error
+    assert len(torch.load(run_dir / "checkpoint.pt", weights_only=True)["processes"]) == 2
+
+
+# ---- Compiling ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize(
+    ("script", "backend"),
+    [(ppo_discrete, "inductor"), (ppo_discrete, "aot_eager"), (ppo_continuous, "aot_eager")],
+)
+def test_the_compiled_gradient_is_the_eager_one(script, backend, tmp_path, monkeypatch) -> None:
+    """aot_eager captures the same graph and runs it uncompiled, which is quick."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    args = small(script, tmp_path / "run")
+    torch.manual_seed(0)
+    agent = script.Agent(args, script.make_envs(args, 2))
+    vector = script.flatten_parameters(agent)
+    compiled = script.compile_loss(agent, args, vector)
+    for rows in (32, 31):
+        obs = torch.randn(rows, agent.obs_dim)
+        actions = torch.randint(2, (rows,)) if script is ppo_discrete else torch.randn(rows, 1)
+        batch = [obs, actions, *torch.randn(4, rows)]
+        vector.grad.zero_()
+        loss, *expected = script.ppo_loss(agent, args, batch, 1.0)
+        loss.backward()
+        gradient = vector.grad.clone()
+        vector.grad.zero_()
+        torch.testing.assert_close(compiled(batch, 1.0), expected)
+        torch.testing.assert_close(vector.grad, gradient)
