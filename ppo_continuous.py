@@ -362,7 +362,7 @@ def kl_penalised_surrogate(
 ) -> Tensor:
     """Return mean(r A - beta KL(old, new)) over (M,), to be maximised (PPO eq. 8).
 
-    KL(old, new) is estimated by (r - 1) - log r: right on average, and never negative.
+    KL(old, new) is estimated by (r - 1) - log r: right on average, never below 0 but by rounding.
     """
     ratio = log_ratio.exp()
     return (ratio * advantages - kl_coef * (ratio - 1.0 - log_ratio)).mean()
@@ -380,7 +380,7 @@ def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> f
     one task ten times as far as that of another, one KL means the same everywhere.
     """
     factor = 1.0 / 1.5 if kl > 1.5 * desired_kl else 1.5 if kl < desired_kl / 1.5 else 1.0
-    return min(factor * learning_rate, 1e-2)
+    return min(factor * learning_rate, max(learning_rate, 1e-2))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -833,7 +833,7 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
 def log(run_dir: Path, writer: SummaryWriter, step: int, metrics: dict) -> None:
     """Add the metrics to TensorBoard and to metrics.csv."""
     for name, value in metrics.items():
-        if not np.isnan(value):
+        if np.isfinite(value):
             writer.add_scalar(name, value, step)
     with open(run_dir / "metrics.csv", "a") as file:
         if file.tell() == 0:

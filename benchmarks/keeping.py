@@ -1,0 +1,169 @@
+"""What it costs to keep a run, and what processes and compiling bring, each beside its opposite.
+
+    python benchmarks/keeping.py                # a Markdown table, some 15 minutes on two cores
+    python benchmarks/keeping.py --what kills   # 50 times kill -9 and --resume, then compare
+
+Every comparison takes turns (A B A B ...), and its ratio is the median over the rounds.
+"""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+
+
+class Slow(gym.Env):
+    """CartPole whose step takes 2 ms, as a simulator's may."""
+
+    def __init__(self) -> None:
+        self.env = gym.make("CartPole-v1").unwrapped
+        self.observation_space, self.action_space = (
+            self.env.observation_space,
+            self.env.action_space,
+        )
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed)
+
+    def step(self, action):
+        time.sleep(0.002)
+        return self.env.step(action)
+
+
+gym.register("Slow-v0", Slow, max_episode_steps=500)
+
+
+@dataclass
+class Args:
+    """Compare."""
+
+    what: Literal["costs", "kills"] = "costs"
+    rounds: int = 5  # turns of each comparison
+    kills: int = 50  # kills: how often
+    seconds: float = 8.0  # kills: a process lives at most so long after its start
+
+
+def train(script: str, flags: str, launch: tuple[str, ...] = ()) -> dict[str, float]:
+    """Train in a process of its own; return seconds of the loop, steps a second, seconds in all."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launch, str(ROOT / script), "--run-dir", folder + "/run"]
+        command += ["--eval-episodes", "1", *flags.split()]
+        start = time.perf_counter()
+        subprocess.run(
+            command,
+            check=True,
+            env=os.environ | ONE_CORE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        seconds = time.perf_counter() - start
+        with open(folder + "/run/metrics.csv") as file:
+            rows = [
+                (int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)
+            ]
+    (first_step, first_sps), (last_step, last_sps) = rows[0], rows[-1]
+    # The first iteration, which may compile, is left out of the rate.
+    rate = (last_step - first_step) / (last_step / last_sps - first_step / first_sps)
+    return {"rate": rate, "first": first_step / first_sps, "seconds": seconds}
+
+
+def compare(rounds: int, one: tuple, other: tuple) -> tuple[list[dict], list[dict]]:
+    """Take turns."""
+    pairs = [(train(*one), train(*other)) for _ in range(rounds)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def costs(rounds: int) -> None:
+    """Print the table."""
+    slow = "--env-id benchmarks.keeping:Slow-v0 --total-timesteps 8192 --num-envs 8 --num-steps 128"
+    cart = "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4"
+    cart += " --norm-adv minibatch --activation tanh"
+    cheetah = "--env-id HalfCheetah-v5 --total-timesteps 60000"
+    compiled = " --compile"
+    never, rows = " --checkpoint-every 1000000", []
+    for name, one, other in (
+        ("2 processes, environment of 2 ms a step", ("ppo_discrete.py", slow),
+         ("ppo_discrete.py", slow, tuple(TORCHRUN))),
+        ("checkpoints, CartPole", ("ppo_discrete.py", cart + never), ("ppo_discrete.py", cart)),
+        ("checkpoints, HalfCheetah", ("ppo_continuous.py", cheetah + never),
+         ("ppo_continuous.py", cheetah)),
+        ("--compile, CartPole", ("ppo_discrete.py", cart), ("ppo_discrete.py", cart + compiled)),
+        ("--compile, HalfCheetah", ("ppo_continuous.py", cheetah),
+         ("ppo_continuous.py", cheetah + compiled)),
+    ):  # fmt: skip
+        without, with_it = compare(rounds, one, other)
+        ratios = [b["rate"] / a["rate"] for a, b in zip(without, with_it)]
+        rates = [np.median([x["rate"] for x in side]) for side in (without, with_it)]
+        extra = np.median([b["first"] - a["first"] for a, b in zip(without, with_it)])
+        rows.append(
+            f"| {name} | {rates[0]:,.0f} | {rates[1]:,.0f} | {np.median(ratios):.3f} "
+            f"| {min(ratios):.3f} - {max(ratios):.3f} | {extra:.1f} |"
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(
+        "| | steps/s without | with | ratio, median | lowest - highest | first iteration, s more |"
+    )
+    print("|---|---:|---:|---:|---:|---:|", *rows, sep="\n")
+
+
+def kills(count: int, longest: float) -> None:
+    """Kill and resume a run over and over, then compare it with one that was left alone."""
+    rng = random.Random(0)
+    folder = Path(tempfile.mkdtemp())
+    flags = "--total-timesteps 2000000 --checkpoint-every 1 --eval-episodes 1".split()
+    script = [sys.executable, str(ROOT / "ppo_discrete.py")]
+    environment = os.environ | ONE_CORE
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
+    subprocess.run([*script, *flags, "--run-dir", folder / "whole"], check=True, **quiet)
+    killed = resumed = 0
+    while True:
+        there = (folder / "killed" / "checkpoint.pt").exists()
+        if not there:
+            shutil.rmtree(folder / "killed", ignore_errors=True)
+        more = (
+            ["--resume", folder / "killed"] if there else [*flags, "--run-dir", folder / "killed"]
+        )
+        resumed += there
+        with subprocess.Popen([*script, *more], **quiet) as process:
+            try:
+                process.wait(rng.uniform(0.3, 1.0) * longest if killed < count else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+            _, error = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error.decode()
+    whole, other = (
+        torch.load(folder / name / "checkpoint.pt", weights_only=True)["agent"]
+        for name in ("whole", "killed")
+    )
+    same = all(torch.equal(whole[name], other[name]) for name in whole)
+    print(f"{killed} kills, {resumed} resumes, 0 failures; parameters equal: {same}")
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    costs(args.rounds) if args.what == "costs" else kills(args.kills, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
