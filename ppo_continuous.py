@@ -914,12 +914,12 @@ def restore(
         rng.bit_generator.state = rng_state
     vars(run).update(state, played=list(state["played"]))
     obs, _ = envs.reset(seed=run.restart_seed)
-    done = np.zeros(envs.num_envs, bool)
+    ended = np.zeros(envs.num_envs, bool)
     if run.iteration % args.restart_every:
         for step_actions in itertools.chain(*run.played):
             obs, _, terminated, truncated, _ = envs.step(agent.to_env(step_actions))
-            done = terminated | truncated
-    return obs, done
+            ended = terminated | truncated
+    return obs, ended
 
 
 def evaluate_run(args: Args, folder: Path) -> None:

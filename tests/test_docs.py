@@ -1,0 +1,422 @@
+"""What the pages say is so: links, code, tables, formulas, commands and recipes."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_continuous
+import ppo_discrete
+import ppo_rlhf_toy
+from gae import gae
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*/*.md"))
+NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
+lines = runpy.run_path(str(DOCS / "lines.py"))
+
+
+@functools.cache
+def prose(page: Path) -> str:
+    """Return a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as mkdocs and code hosts make them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    slugs = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles)
+    return {re.sub(r"[\s-]+", "-", slug) for slug in slugs}
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Return a page's fenced blocks, each with the heading above it and its language."""
+    found, heading = [], ""
+    pattern = r"^#+ (?P<heading>[^\n]*)$|^```(?P<kind>\w*)\n(?P<body>.*?)^```$"
+    for match in re.finditer(pattern, page.read_text(), re.MULTILINE | re.DOTALL):
+        if match["heading"]:
+            heading = match["heading"]
+        else:
+            found.append((heading, match["kind"], match["body"]))
+    return found
+
+
+# ---- Links and code ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "index.md"])
+def test_links_resolve(name: str) -> None:
+    page = DOCS / name
+    for _, _, target in lines["LINK"].findall(prose(page)):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{name}: {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_that_a_page_speaks_of_is_there(name: str) -> None:
+    """Functions, banners, lines and tests; docs/hooks.py stops the build in the same cases."""
+    page = DOCS / name
+    for file, start, end, target in lines["MARKER"].findall(page.read_text()):
+        assert (page.parent / target).resolve() == ROOT / file
+        first, last = lines["select"](file, start, end or None)
+        assert 0 < first <= last <= first + 100
+    text = lines["MARKER"].sub("", prose(page))
+    for _, label, target in lines["LINK"].findall(text):
+        code = re.fullmatch(lines["CODE"], label)
+        path = (page.parent / target).resolve()
+        if path.suffix == ".py" and code and code[1] != path.name:
+            lines["select"](str(path.relative_to(ROOT)), code[1])
+
+
+@pytest.mark.parametrize("what", ["no_function", "[9] Banner", "no line begins so", "return"])
+def test_what_has_gone_or_is_not_unique_is_an_error(what: str) -> None:
+    with pytest.raises(LookupError, match="not one"):
+        lines["select"]("ppo_discrete.py", what)
+
+
+def test_lines_are_found() -> None:
+    source = (ROOT / "ppo_discrete.py").read_text().splitlines()
+    first, last = lines["select"]("ppo_discrete.py", "Agent.value")
+    assert source[first - 1].startswith("    def value(") and "squeeze" in source[last - 1]
+    first, last = lines["select"]("ppo_discrete.py", "[2] Advantages")
+    assert "# ---- [2]" in source[first - 1] and "[3]" in source[last + 1]
+    first, last = lines["select"](
+        "ppo_discrete.py", 'if args.objective == "clip":', "loss = -surrogate"
+    )
+    assert last > first and source[last - 1].strip().startswith("loss = -surrogate")
+
+
+def test_flags_that_the_pages_name_exist() -> None:
+    flags = {"--only", "--draw", "--ranges", "--measure", "--run-dir", "--strict"}
+    for module in (ppo_discrete, ppo_continuous, ppo_rlhf_toy):
+        for name in module.Args.__dataclass_fields__:
+            flags |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
+    for page in PAGES:
+        if page.stem != "coming-from":  # that one names flags of others too
+            named = set(re.findall(r"`(--[a-z][\w-]*)", prose(page)))
+            assert named <= flags, f"{page.name}: {named - flags}"
+
+
+def test_logged_numbers_are_explained() -> None:
+    keys = set()
+    for script in ("ppo_discrete.py", "ppo_continuous.py", "ppo_rlhf_toy.py"):
+        keys |= set(re.findall(r'"((?:charts|losses|objective)/\w+)"', (ROOT / script).read_text()))
+    for page in DOCS.glob("*/debugging.md"):
+        assert {key for key in keys if f"| `{key}` |" not in page.read_text()} == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_have_alt_text_and_a_ground(name: str) -> None:
+    """A figure stands on white of its own, so its axes can be read on a dark page."""
+    for image, text, target in lines["LINK"].findall(prose(DOCS / name)):
+        if image:
+            assert len(text) > 40, f"{name}: {target}"
+            if target.endswith(".svg"):
+                assert "fill: #ffffff" in (DOCS / name).parent.joinpath(target).read_text()
+
+
+# ---- Tables ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*/gae.md")), ids=lambda page: page.parent.name)
+def test_the_worked_table_is_what_gae_returns(page: Path) -> None:
+    pattern = r"\| (\d)[^|]*\|" + r"([^|\n]*)\|" * 10
+    rows = [row[1:] for row in re.findall(pattern, page.read_text())]
+    assert len(rows) == 7
+    yes = {"yes": True, "no": False, "是": True, "否": False}
+    numbers = torch.tensor([[float(x) for x in (*row[:3], *row[5:])] for row in rows]).T
+    rewards, values, next_values, delta, advantages, returns, td, monte_carlo = numbers
+    terminated, done = (torch.tensor([yes[row[i].strip()] for row in rows]) for i in (3, 4))
+    inputs = (rewards, values, next_values, terminated, done)
+    for gae_lambda, expected in ((0.5, advantages), (0.0, td), (1.0, monte_carlo)):
+        torch.testing.assert_close(gae(*inputs, 0.5, gae_lambda)[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(gae(*inputs, 0.5, 0.5)[1], returns, rtol=0, atol=0)
+    torch.testing.assert_close(delta, td, rtol=0, atol=0)
+    assert torch.equal(values[1:], next_values[:-1])  # as the rows of one environment follow
+
+
+def test_tables_are_those_of_the_committed_data() -> None:
+    tables = runpy.run_path(str(DOCS / "figures.py"))["tables"]()
+    seen = set()
+    for page in PAGES:
+        for name, table in re.findall(
+            r"<!-- table (\w+) -->\n(.*?)\n<!-- end -->", page.read_text(), re.DOTALL
+        ):
+            if page.parent.name == "en":
+                assert table == tables[name], f"{page.name}: python docs/figures.py tables"
+            seen.add(name)
+    assert seen == set(tables)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*/discrete.md")), ids=lambda p: p.parent.name)
+def test_defaults_are_those_of_the_scripts(page: Path) -> None:
+    rows = re.findall(
+        r"^\| `--([\w-]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|", page.read_text(), re.M
+    )
+    assert len(rows) == 10
+    scripts = (ppo_discrete.Args(), ppo_continuous.Args(), ppo_rlhf_toy.Args())
+    task = ppo_rlhf_toy.TASKS["reviews"]
+    for flag, _, *cells in rows:
+        name = flag.replace("-", "_")
+        for cell, args in zip(cells, scripts):
+            if cell.strip():
+                value = getattr(args, name)
+                assert float(cell) == (getattr(task, name) if value is None else value), flag
+    pattern = r"^\| [^`|]+ \| [^|]+ \| (\d+) \| (\d+) \| (\d+) "
+    sizes = re.search(pattern, page.read_text(), re.MULTILINE)
+    assert sizes.groups() == (*(str(x.batch_size) for x in scripts[:2]), str(task.batch_size))
+
+
+def test_the_answers_hold_together() -> None:
+    """The table of tokens: rewards and advantages follow from the other columns."""
+    header, *rows = (row.split(",") for row in (DOCS / "data" / "answer.csv").read_text().split())
+    table = dict(zip(header, zip(*rows)))
+    for answer in ("0", "1"):
+        mine = [i for i, x in enumerate(table["answer"]) if x == answer]
+        acts = [i for i in mine if table["action_mask"][i] == "1"]
+        assert table["token"][acts[-1]] == "<eos>"
+        for i in mine:
+            assert (table["attention_mask"][i] == "0") == (table["token"][i] == "<pad>")
+        column = {k: np.array([float(table[k][i]) for i in acts]) for k in header[4:]}
+        kl = column["log_prob"] - column["ref_log_prob"]
+        np.testing.assert_allclose(column["kl"], kl, atol=2e-3)
+        np.testing.assert_allclose(column["reward"][:-1], -0.1 * kl[:-1], atol=2e-3)
+        np.testing.assert_allclose(
+            column["return"] - column["value"], column["advantage"], atol=2e-3
+        )
+
+
+# ---- Commands and recipes ----------------------------------------------------------------------
+
+CONTROL = "--num-envs 4 --num-steps 16 --update-epochs 1 --total-timesteps 128 --eval-episodes 2"
+TINY = dict(
+    d_model=16, num_layers=1, num_heads=2, sft_steps=8, sft_batch_size=8, sft_accuracy=0.0,
+    rm_pairs=64, rm_min_accuracy=0.0, num_iterations=1, batch_size=16, update_epochs=1,
+    eval_prompts=32,
+)  # fmt: skip
+LANGUAGE = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in TINY.items())
+# What is tested elsewhere, or changes nothing and only needs its parts to exist.
+OTHERS = {
+    "diff ppo_discrete.py ppo_continuous.py",
+    "mkdocs build",
+    'pip install -c constraints.txt -e ".[docs]"',
+    "python benchmarks/gallery.py --ranges",
+}
+
+
+def apply(diff: str, folder: Path) -> None:
+    """Apply a diff whose first line names the file; every hunk must fit exactly one place."""
+    name, _, hunks = diff.partition("\n")
+    path = folder / name.removeprefix("--- ")
+    text = path.read_text()
+    for hunk in hunks.strip("\n").split("\n\n"):
+        rows = hunk.split("\n")
+        old = "".join(f"{row[1:]}\n" for row in rows if row[0] != "+")
+        new = "".join(f"{row[1:]}\n" for row in rows if row[0] != "-")
+        assert old and text.count(old) == 1, f"{name}: {text.count(old)} places for\n{old}"
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def load(path: Path, monkeypatch):
+    """Import a file under its own name, in place of the shipped one if it is a changed copy."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("en/")])
+def test_commands_and_recipes_run(name: str, monkeypatch, tmp_path) -> None:
+    """Every sh block, shortened, in a copy of the scripts with the section's changes."""
+    # A function of one's own trains a tiny model too.
+    train = ppo_rlhf_toy.train
+    shorten = lambda args, **more: train(dataclasses.replace(args, **TINY), **more)  # noqa: E731
+    monkeypatch.setattr(ppo_rlhf_toy, "train", shorten)
+    gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
+    folder, changed, before = tmp_path, False, ""
+    for number, (heading, kind, body) in enumerate(blocks(DOCS / name)):
+        if heading != before or (kind == "diff" and changed):
+            folder, changed, before = tmp_path / str(number), False, heading
+            folder.mkdir()
+            for script in ("ppo_discrete.py", "ppo_continuous.py", "ppo_rlhf_toy.py", "gae.py"):
+                shutil.copy(ROOT / script, folder)
+            monkeypatch.syspath_prepend(str(folder))
+        if kind == "diff":
+            apply(body, folder)
+        elif kind == "python" and body.startswith("# file: "):
+            (folder / body.split()[2]).write_text(body)
+        if kind != "sh":
+            continue
+        for command in body.strip().split("\n"):
+            if command in OTHERS:
+                continue
+            changed = True
+            assert command.startswith("python "), command
+            _, script, *flags = command.split()
+            if script == "benchmarks/gallery.py":
+                assert flags[0] == "--only" and flags[1:] == [heading]
+                script, *flags = gallery["CASES"][heading].command.split()
+            if not (folder / script).exists():
+                assert script in ("docs/figures.py", "benchmarks/gallery.py"), command
+                continue
+            monkeypatch.chdir(folder)
+            module = load(folder / script, monkeypatch)
+            if hasattr(module, "Reviews"):  # a judge that tells a random model's answers apart
+                by_length = lambda self, prompt, answer: 1.0 / (1.0 + len(answer))  # noqa: E731
+                monkeypatch.setattr(module.Reviews, "gold", by_length)
+            run_dir = f"--run-dir {folder}/run{number}"
+            if hasattr(module, "main"):
+                short = LANGUAGE if "rlhf" in script else CONTROL
+                words = [script, *flags, *short.split(), *run_dir.split()]
+                monkeypatch.setattr(sys, "argv", words)
+                module.main()
+            assert list(folder.rglob("results.json"))
+
+
+# ---- The site ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Build the site once, strictly."""
+    if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
+        pytest.skip("the docs extra is not installed")
+    target = tmp_path_factory.mktemp("site")
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(target)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
+    return target
+
+
+def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", text):
+            if 'rel="canonical"' not in tag:
+                assert "//" not in "".join(re.findall(r'(?:src|href)="([^"]*)"', tag)), tag
+    css = "".join(path.read_text() for path in site.rglob("*.css"))
+    assert not re.findall(r"url\(['\"]?(?:https?:)?//", css)
+
+
+def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
+    text = (site / "en" / "discrete.html").read_text()
+    markers = lines["MARKER"].findall((DOCS / "en" / "discrete.md").read_text())
+    assert text.count('class="where"') == len(markers) > 20
+    assert "<math" in text and "arithmatex" not in text
+    first, _ = lines["select"]("ppo_discrete.py", "clipped_surrogate")
+    page = (site / "en" / "policy-gradient.html").read_text()
+    assert f"repo/ppo_discrete.py.html#L-{first}" in page
+    assert f'id="L-{first}"' in (site / "repo" / "ppo_discrete.py.html").read_text()
+
+
+# ---- Topics ------------------------------------------------------------------------------------
+
+# Each a page, and what must stand on it: words, a piece of the formula, the code beside it.
+TOPICS = [
+    ("policy-gradient", r"J(\theta)", r"{t \ge 0} \gamma^t r_t", "REINFORCE"),
+    ("policy-gradient", "**Variance.**", "**One use of the data.**", "**Step size.**"),
+    ("policy-gradient", "A(s, a) = Q(s, a) - V(s)", "actor-critic", "lowers the *variance*"),
+    ("policy-gradient", "TRPO", r"\le \delta", "Fisher", "first-order"),
+    ("policy-gradient", r"\mathbb{E}_{x \sim q}\left[\frac{p(x)}{q(x)}", "e^{\\mu^2} - 1"),
+    ("policy-gradient", "in log space", "log_ratio ="),
+    ("discrete", r"\log r_t(\theta) =", "log_ratio ="),
+    ("policy-gradient", r"\operatorname{clip}\left(r_t(\theta)", "`clipped_surrogate`", "clip.svg"),
+    ("policy-gradient", r"$\hat A_t > 0$", r"$\hat A_t < 0$", "Why the min?", "pessimistic"),
+    ("policy-gradient", "trust-region.svg", "clipfrac"),
+    ("policy-gradient", r"\beta \operatorname{KL}", "`kl_penalised_surrogate`", "`adapt_kl_coef`"),
+    ("gae", r"\delta_t = r_t + \gamma V(s_{t+1})", r"(\gamma \lambda)^l", r"\hat A_{t+1}"),
+    ("gae", "low variance, its bias", "Monte Carlo", "truncated", "`gae.py`"),
+    ("policy-gradient", r"- c_1 L_t^{\text{VF}}(\theta) + c_2", "turns every sign"),
+    ("discrete", "`value_loss`", "--clip-vloss", r"\hat R_t)^2"),
+    ("discrete", "share their first layers", "*Roles.*"),
+    ("discrete", "`normalise`", "--norm-adv batch", "minibatch"),
+    ("discrete", "exceeds 0.5", "falls linearly to 0", "used $K$ times"),
+    ("continuous", r"{i=1}^{A}", "log_std", "a sum over"),
+    ("discrete", r"\frac{e^{z_a}}", "`Agent.log_prob_and_entropy`"),
+    ("debugging", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance"),
+    ("discrete", "--target-kl", "`diagnostics`"),
+    ("debugging", "lr-high", "clip-wide", "batch-small", "epochs-many", "critic-dead"),
+    ("debugging", "entropy-low", "no-normalisation", "no-annealing", "One seed", "symptom"),
+    ("rlhf", "Four models", "reference", "frozen"),
+    ("rlhf", "Step 1: answers", "Step 2", "attention mask", "action mask", "chat template"),
+    ("rlhf", r"\operatorname{softmax}(z_{t-1})_{a_t}", "shift", "`gather`"),
+    ("rlhf", "--value-init reward", "--value-init policy", "value *head*"),
+    ("rlhf", r"r_t = -\beta", "`token_rewards`", "--credit response", "*Token-level*"),
+    ("rlhf", "`bradley_terry_loss`", "prompt and answer together"),
+    ("policy-gradient", "DPO", "GRPO", "A2C"),
+    ("rlhf", "--task arithmetic", "reasoning", "--baseline group"),
+    ("coming-from", "Baselines", "Stable-Baselines3", "CleanRL", "TRL", "Spinning Up"),
+    ("index", "gae_lambda", "clip_coef", "vf_coef", "kl_coef"),
+    ("discrete", "What to set", "2,048 to 4,096", "0.01 to 0.1"),
+    # Where the source documents are wrong or silent.
+    ("policy-gradient", "without looking at `done`", "one of three cases"),
+    ("rlhf", "opposite KL", "*every*"),
+    ("policy-gradient", "fitted to *returns*"),
+    ("rlhf", ".86 instead", "`<eos>` is an action"),
+    ("discrete", "The row that is no transition", "keeps the order of all"),
+    ("continuous", "cannot\nforget them", "dreadful in evaluation"),
+    ("debugging", "Healthy ranges"),
+]
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: f"{topic[0]}: {topic[1]}")
+def test_every_topic_is_on_its_page(topic: tuple[str, ...]) -> None:
+    text = (DOCS / "en" / f"{topic[0]}.md").read_text()
+    assert [words for words in topic[1:] if words not in text] == []
+
+
+def test_all_details_are_mapped() -> None:
+    text = (DOCS / "en" / "details.md").read_text()
+    numbered = [int(n) for n in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)]
+    assert numbered == list(range(1, 38))
+    language = re.findall(r"^\| ([GRP]\d+) \|", text, re.MULTILINE)
+    assert len(language) == len(set(language)) == 20
+    for row in re.findall(r"^\| [GRP]?\d+ \|.*$", text, re.MULTILINE):
+        assert (
+            "](../../" in row or "not used, because" in row or "recipe" in row or "likewise" in row
+        )
+
+
+# ---- Languages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if (DOCS / "zh").is_dir()])
+def test_both_languages_say_the_same(name: str) -> None:
+    """The same pages, headings, markers, links, formulas, blocks and table rows."""
+
+    def skeleton(page: Path) -> list:
+        text = page.read_text()
+        return [
+            re.findall(r"^#+ ", prose(page), re.MULTILINE),
+            lines["MARKER"].findall(text),
+            [target.partition("#")[0] for _, _, target in lines["LINK"].findall(prose(page))],
+            len(re.findall(r"^\$\$$", text, re.MULTILINE)),
+            [body for _, kind, body in blocks(page) if kind in ("sh", "diff")],
+            len(re.findall(r"^\|", text, re.MULTILINE)),
+        ]
+
+    other = DOCS / ("zh" if name.startswith("en/") else "en") / Path(name).name
+    assert skeleton(DOCS / name) == skeleton(other)
