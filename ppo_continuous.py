@@ -165,6 +165,8 @@ class Args:
             )
         if self.num_iterations < 1:
             raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
+        if self.ent_coef > 0.0 and self.log_std_final is not None:
+            raise UserError("--ent-coef needs --log-std-final None: the entropy is on a schedule")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device")
         if self.capture_video and not importlib.util.find_spec("moviepy"):

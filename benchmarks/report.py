@@ -1,8 +1,16 @@
-"""Print the tables and draw the curves of README from the committed results.
+"""Print the tables and draw the figures of the pages from the committed results.
 
     python benchmarks/report.py                          # Markdown, from results/runs.csv
     python benchmarks/report.py --curves CartPole-v1     # also results/CartPole-v1.svg
     python benchmarks/report.py --table continuous.csv   # MuJoCo, beside the published figures
+    python benchmarks/report.py --table details.csv --figure details
+    python benchmarks/report.py --pages README.md        # bring the tables of a page up to date
+
+In a page, a table stands between two comments, of which the first is the command that prints it:
+
+    <!-- python benchmarks/report.py --table runs.csv -->
+    ...
+    <!-- end -->
 
 The interquartile mean (IQM) leaves out the lowest and the highest quarter of the seeds; its
 interval is the middle 95 % of the IQMs of 20,000 resamplings of the seeds with replacement, as
@@ -11,6 +19,9 @@ seeds make such an interval wide, and it cannot reach beyond the seeds seen.
 """
 
 import csv
+import json
+import re
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +44,14 @@ PUBLISHED = {
     "InvertedPendulum-v5": "1,000 ± 0 T",
     "InvertedDoublePendulum-v5": "9,231 ± 270 T",
 }
+# B as above after 500k steps, Z rl-baselines3-zoo: one run, tuned for the task.
+CLASSIC = {
+    "CartPole-v1": "497.5 ± 4.0 B, 500 Z (100k)",
+    "Acrobot-v1": "-81.8 ± 5.6 B, -73.5 Z (1M)",
+    "MountainCar-v0": "-200 B, -110.4 Z (1M)",
+    "LunarLander-v3": "242.1 Z (1M)",
+    "Pendulum-v1": "-172.2 Z (100k)",
+}
 
 
 @dataclass
@@ -44,6 +63,10 @@ class Args:
     script: str = "ppo_discrete.py"  # the script whose curves are drawn
     configs: tuple[str, ...] = ("default",)  # and its configurations, a colour each
     figure: str = ""  # the figure's name, by default the first environment's
+    work: str = "cart-pole"  # of speed.csv: cart-pole, half-cheetah or solve
+    threads: int = 1  # of speed.csv
+    part: str = "environments"  # of scaling.csv
+    pages: tuple[Path, ...] = ()  # pages whose tables are brought up to date, instead of printing
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
@@ -60,36 +83,210 @@ def interval(scores: np.ndarray, resamplings: int = 20_000) -> tuple[float, floa
     return low, high
 
 
-def markdown(table: Path) -> str:
-    """Return a row for every environment and configuration, over its seeds."""
+def rows_of(lines: list[str], heads: list[str]) -> str:
+    """Return a Markdown table; heads that begin with ":" are of text, the others of numbers."""
+    rule = "|".join("---" if head.startswith(":") else "---:" for head in heads)
+    titles = " | ".join(head.lstrip(":") for head in heads)
+    return "\n".join([f"| {titles} |", f"|{rule}|", *lines])
+
+
+def markdown(args: Args) -> str:
+    """Return the table that `args` ask for, of the form that its columns call for."""
+    with open(RESULTS / args.table) as file:
+        rows = list(csv.DictReader(file))
+    if "part" in rows[0]:
+        text = scaling(rows, args.part)
+    elif "contender" in rows[0]:
+        rows = [r for r in rows if (r["work"], r["threads"]) == (args.work, str(args.threads))]
+        text = solved(rows) if args.work == "solve" else speed(rows)
+    elif Path(args.table).stem == "details":
+        text = details(rows)
+    else:
+        text = seeds(rows)
+    note = "*A quick pass, fewer seeds, rounds and steps: not for quoting.*\n\n"
+    return (note if args.table.startswith("quick/") else "") + text
+
+
+def seeds(rows: list[dict]) -> str:
+    """Return a line for every environment and configuration, over its seeds."""
     groups = defaultdict(list)
-    with open(table) as file:
-        for row in csv.DictReader(file):
-            groups[row["env_id"], row["config"]].append(row)
-    published = PUBLISHED if any(env_id in PUBLISHED for env_id, _ in groups) else {}
-    lines = [
-        "| environment | configuration | steps | seeds | deterministic: mean ± std | IQM [95 %] "
-        "| lowest seed | stochastic |" + (" published |" if published else ""),
-        "|---|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if published else ""),
-    ]
-    for (env_id, config), rows in groups.items():
-        x = np.array([float(row["eval_mean"]) for row in rows])
-        stochastic = np.mean([float(row["eval_stochastic_mean"]) for row in rows])
-        steps = np.mean([int(row["global_step"]) for row in rows])
+    for row in rows:
+        groups[row["env_id"], row["script"], row["config"]].append(row)
+    several = len({script for _, script, _ in groups}) > 1
+    published = PUBLISHED | (CLASSIC if several else {})  # where peers were run on them, too
+    compared = any(env_id in published for env_id, _, _ in groups)
+    lines = []
+    for (env_id, script, config), group in groups.items():
+        x = np.array([float(row["eval_mean"]) for row in group])
+        stochastic = np.mean([float(row["eval_stochastic_mean"]) for row in group])
+        steps = np.mean([int(row["global_step"]) for row in group])
         low, high = interval(x)
         lines.append(
-            f"| {env_id} | {config} | {steps:,.0f} | {len(rows)} "
+            f"| {env_id} |"
+            + (f" {script} |" if several else "")
+            + f" {config} | {steps:,.0f} | {len(group)} "
             f"| {x.mean():,.1f} ± {x.std():,.1f} | {iqm(x):,.1f} [{low:,.1f}, {high:,.1f}] "
             f"| {x.min():,.1f} | {stochastic:,.1f} |"
-            + (f" {published.get(env_id, '-')} |" if published else "")
+            + (f" {published.get(env_id, '-')} |" if compared else "")
         )
-    return "\n".join(lines)
+    heads = [":environment", *([":script"] if several else []), ":configuration", "steps", "seeds"]
+    heads += ["deterministic: mean ± std", "IQM [95 %]", "lowest seed", "stochastic"]
+    return rows_of(lines, heads + (["published"] if compared else []))
+
+
+def by_contender(rows: list[dict]) -> dict[str, list[dict]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["contender"]].append(row)
+    return groups
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{np.median(values):{form}} | {min(values):{form}} - {max(values):{form}}"
+
+
+def speed(rows: list[dict]) -> str:
+    """Return steps per second and memory of each contender, and how far ours is ahead."""
+    groups = by_contender(rows)
+    rates = {
+        name: {r["round"]: float(r["steps_per_second"]) for r in g} for name, g in groups.items()
+    }
+    base = rates[next(name for name in rates if name.startswith("ppo_"))]
+    lines = []
+    for name, group in groups.items():
+        x = rates[name]
+        ratio = np.median([base[number] / x[number] for number in x if number in base])
+        memory = np.median([float(row["peak_mb"]) for row in group])
+        lines.append(
+            f"| {name} | {group[0]['versions']} | {spread([*x.values()], ',.0f')} "
+            f"| {ratio:.2f}x | {memory:,.0f} | {group[0]['remark']} |"
+        )
+    heads = [":", ":version", "steps/s, median", "lowest - highest"]
+    heads += ["ours is faster by, median of the rounds", "peak memory, MB", ":not the same"]
+    return rows_of(lines, heads) + "\n\n" + wording(rows[0])
+
+
+def solved(rows: list[dict]) -> str:
+    """Return the seconds from process start to a solved CartPole of each contender."""
+    lines = []
+    for name, group in by_contender(rows).items():
+        good = [row for row in group if row["solved_seconds"]]
+        seconds = [float(row["solved_seconds"]) for row in good]
+        times = spread(seconds, ".1f") if good else "never | -"
+        count = np.median([int(row["rows"]) for row in good or group])
+        memory = np.median([float(row["peak_mb"]) for row in group])
+        lines.append(
+            f"| {name} | {group[0]['versions']} | {len(good)} of {len(group)} | {times} "
+            f"| {count:,.0f} | {memory:,.0f} | {group[0]['remark']} |"
+        )
+    heads = [":", ":version", "solved", "seconds, median", "lowest - highest", "rows, median"]
+    heads += ["peak memory, MB", ":not the same"]
+    other = [g[0] for g in by_contender(rows).values() if g[0]["settings"] != rows[0]["settings"]]
+    notes = [wording(rows[0]), *(f"{row['contender']}: {wording(row)}" for row in other)]
+    return "\n\n".join([rows_of(lines, heads), *notes])
+
+
+def wording(row: dict) -> str:
+    """Return the settings of a line of speed.csv in words."""
+    s = json.loads(row["settings"])
+    normalised = ", observations and rewards normalised" if s["normalise"] else ""
+    return (
+        f"{s['env_id']}, {s['num_envs']} environments x {s['num_steps']} steps, "
+        f"{s['update_epochs']} epochs x {s['num_minibatches']} minibatches, {s['activation']} "
+        f"64-64, learning rate {s['learning_rate']:g} falling to 0, gamma {s['gamma']:g}, lambda "
+        f"{s['gae_lambda']:g}, clip {s['clip_coef']:g}{' falling to 0' * s['anneal_clip']}, "
+        f"entropy {s['ent_coef']:g}, "
+        f"value loss {'' if s['clip_vloss'] else 'not '}clipped{normalised}; {s['threads']} "
+        f"{'thread' if s['threads'] == 1 else 'threads'}, {s['total_timesteps']:,} rows a run."
+    )
+
+
+def scaling(rows: list[dict], part: str) -> str:
+    """Return a part of scaling.csv: a line a case, a column a quantity, medians over rounds."""
+    cells = defaultdict(list)
+    for row in [row for row in rows if row["part"] == part]:
+        cells[row["case"], row["quantity"]].append(float(row["value"]))
+    cases, quantities = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+
+    def cell(case: str, quantity: str) -> str:
+        if (case, quantity) not in cells:
+            return "-"
+        x = np.median(cells[case, quantity])
+        return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+    lines = [f"| {c} | {' | '.join(cell(c, q) for q in quantities)} |" for c in cases]
+    return rows_of(lines, [":", *quantities])
+
+
+def differences(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """Return, for each change of details.csv and each task, the scores of its seeds."""
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        scores[row["config"]][row["env_id"]].append(float(row["eval_mean"]))
+    return {c: {e: np.array(x) for e, x in tasks.items()} for c, tasks in scores.items()}
+
+
+def change_interval(x: np.ndarray, default: np.ndarray) -> tuple[float, float]:
+    """Return the bootstrap 95 % interval of mean(x) - mean(default)."""
+    rng = np.random.default_rng(0)
+    a, b = (v[rng.integers(len(v), size=(20_000, len(v)))].mean(-1) for v in (x, default))
+    low, high = np.quantile(a - b, [0.025, 0.975])
+    return low, high
+
+
+def details(rows: list[dict]) -> str:
+    """Return a line a change, a column a task; a mark where the change is beyond the noise."""
+    scores = differences(rows)
+    env_ids = list(dict.fromkeys(row["env_id"] for row in rows))
+
+    def cell(config: str, env_id: str) -> str:
+        if env_id not in scores[config]:
+            return "-"
+        x = scores[config][env_id]
+        low, high = change_interval(x, scores["default"][env_id])
+        mark = " ▼" if high < 0 else " ▲" if low > 0 else ""
+        return f"{x.mean():,.1f} ± {x.std():,.1f}{mark}"
+
+    lines = [f"| {c} | {' | '.join(cell(c, e) for e in env_ids)} |" for c in scores]
+    return rows_of(lines, [":", *env_ids])
+
+
+def draw_details(args: Args) -> Path:
+    """Draw, for each task, what every change costs or gains, with its interval and its seeds."""
+    plt = pyplot()
+    with open(RESULTS / args.table) as file:
+        rows = list(csv.DictReader(file))
+    scores = differences(rows)
+    env_ids = list(dict.fromkeys(row["env_id"] for row in rows))
+    size = (3.2 * len(env_ids) + 1, 0.28 * len(scores) + 1)
+    figure, panels = plt.subplots(
+        1, len(env_ids), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, env_id in zip(panels.flat, env_ids):
+        default = scores["default"][env_id]
+        for y, (config, tasks) in enumerate(scores.items()):
+            if env_id not in tasks:
+                continue
+            x = tasks[env_id] - default.mean()
+            colour = "#777777" if config == "default" else "#4477aa"
+            axes.plot(x, np.full(len(x), y), "|", color=colour, alpha=0.5)
+            if config != "default":
+                axes.plot(change_interval(tasks[env_id], default), (y, y), color=colour)
+            axes.plot(x.mean(), y, "o", color=colour, markersize=4)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_title(env_id)
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    figure.supxlabel("return, difference to the default", fontsize="medium")
+    return save(figure, args, args.figure)
 
 
 def seeds_on_a_grid(args: Args, env_id: str, config: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps (200,) and the learning curves of all seeds at them (seeds, 200)."""
     pattern = f"{Path(args.script).stem}__{env_id}__{config}__*.csv".replace("/", "-")
-    paths = sorted((RESULTS / "curves").glob(pattern))
+    paths = sorted((RESULTS / args.table).parent.glob(f"curves/{pattern}"))
     curves = [np.loadtxt(path, delimiter=",", skiprows=1) for path in paths]
     grid = np.linspace(0, min(curve[-1, 0] for curve in curves), 200)
     return grid, np.array([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
@@ -97,12 +294,7 @@ def seeds_on_a_grid(args: Args, env_id: str, config: str) -> tuple[np.ndarray, n
 
 def draw(args: Args) -> Path:
     """Draw a panel for each environment: every seed's curve, thin, and their median, thick."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "same file every time"
+    plt = pyplot()
     colours = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777"]
     columns = min(5, len(args.curves))
     rows = -(-len(args.curves) // columns)
@@ -121,17 +313,56 @@ def draw(args: Args) -> Path:
     figure.supylabel("return while training", fontsize="medium")
     if len(args.configs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    path = RESULTS / f"{args.figure or args.curves[0].replace('/', '-')}.svg"
+    return save(figure, args, args.figure or args.curves[0])
+
+
+def pyplot():
+    """Return matplotlib.pyplot, set to write the same file every time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "same file every time"
+    return plt
+
+
+def save(figure, args: Args, name: str) -> Path:
+    """Write a figure beside the table."""
+    path = (RESULTS / args.table).parent / f"{name.replace('/', '-')}.svg"
     # A white ground keeps the axes readable on a dark page.
     figure.savefig(path, facecolor="white", metadata={"Date": None})
     return path
 
 
+MARKED = re.compile(
+    r"(?P<start>^<!-- python benchmarks/report\.py(?P<words>[^\n]*?) -->\n)"
+    r".*?(?P<end>^<!-- end -->)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def fill(page: str) -> str:
+    """Return a page with the tables that its comments ask for."""
+
+    def table(match: re.Match) -> str:
+        args = tyro.cli(Args, args=shlex.split(match["words"]))
+        return f"{match['start']}\n{markdown(args)}\n\n{match['end']}"
+
+    return MARKED.sub(table, page)
+
+
 def main() -> None:
     args = tyro.cli(Args)
-    print(markdown(RESULTS / args.table))
+    for path in args.pages:
+        path.write_text(fill(path.read_text()))
+    if args.pages:
+        return
+    print(markdown(args))
     if args.curves:
         print(f"drawn: {draw(args)}")
+    elif args.figure:
+        print(f"drawn: {draw_details(args)}")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,14 @@ def markdown(rows: list[dict], keys: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cache_speed(batch_size: int = 128, repeats: int = 12) -> list[float]:
+def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> list[float]:
     """Return tokens a CPU second of generation with and without the KV cache, the best of some.
 
     EOS is made improbable, so that all answers are as long as allowed and both do the same work.
     """
     torch.set_num_threads(1)
-    args, task = rlhf.Args(), rlhf.TASKS["reviews"]
+    args = rlhf.Args(max_new_tokens=length, context_size=length + 8)
+    task = rlhf.TASKS["reviews"]
     rng, generator = rlhf.streams(args, 1)
     model = rlhf.make_model(args, task, scalar=False).requires_grad_(False)
     model.head.bias[rlhf.EOS] = -1e9

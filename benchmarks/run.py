@@ -42,87 +42,143 @@ class Args:
     processes: int = 1  # runs at a time, each on a core of its own
 
 
-def one_run(args: Args, env_id: str, seed: int, core: int) -> dict:
+@dataclass
+class Job:
+    """One run."""
+
+    script: str  # as the table names it
+    env_id: str
+    config: str
+    seed: int
+    flags: str
+    path: Path | None = None  # the file that is run, if not that of this name
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.script, self.env_id, self.config, str(self.seed)
+
+
+def patched(source: str, patches: dict[str, str]) -> str:
+    """Return `source` with each key, which must stand there exactly once, made its value."""
+    for old, new in patches.items():
+        if source.count(old) != 1:
+            raise ValueError(f"a patch fits in {source.count(old)} places, not one: {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV table, none if it is not there yet."""
+    if not table.exists():
+        return []
+    with open(table) as file:
+        return list(csv.DictReader(file))
+
+
+def append(table: Path, line: dict) -> None:
+    """Write one more line; a table whose columns are others is refused."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    old = read(table)
+    if old and list(old[0]) != list(line):
+        raise ValueError(f"{table} has the columns {', '.join(old[0])}: name another table")
+    with open(table, "a", newline="") as file:
+        writer = csv.DictWriter(file, line.keys(), lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def commit(folder: Path = ROOT) -> str:
+    """Return the short name of the commit at hand in a checkout."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+
+def one_run(job: Job, core: int, curves: Path | None) -> dict:
     """Train in a process of its own, on one core with one thread; return the table's line."""
     with tempfile.TemporaryDirectory() as folder:
         pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
-        command = [*pin, sys.executable, str(ROOT / args.script), "--env-id", env_id]
-        command += ["--seed", str(seed), "--run-dir", folder, *shlex.split(args.flags)]
+        command = [*pin, sys.executable, str(job.path or ROOT / job.script), "--env-id", job.env_id]
+        command += ["--seed", str(job.seed), "--run-dir", folder, *shlex.split(job.flags)]
         start = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         results = json.loads((Path(folder) / "results.json").read_text())
-        with open(Path(folder) / "metrics.csv") as file:
-            rows = [row for row in csv.DictReader(file) if row[CURVE[1]] != "nan"]
-    name = f"{Path(args.script).stem}__{env_id}__{args.config}__{seed}.csv".replace("/", "-")
-    curve = [[int(row[CURVE[0]]), round(float(row[CURVE[1]]), 2)] for row in rows]
-    (RESULTS / "curves").mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / "curves" / name, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [["global_step", "episodic_return"], *curve]
-        )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+        rows = [row for row in read(Path(folder) / "metrics.csv") if row[CURVE[1]] != "nan"]
+    if curves is not None:
+        name = f"{Path(job.script).stem}__{job.env_id}__{job.config}__{job.seed}.csv"
+        curve = [[int(row[CURVE[0]]), round(float(row[CURVE[1]]), 2)] for row in rows]
+        curves.mkdir(parents=True, exist_ok=True)
+        with open(curves / name.replace("/", "-"), "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [["global_step", "episodic_return"], *curve]
+            )
+    last_100 = results["train_return"]  # mean return of the last 100 episodes of the training
     return {
-        "script": args.script,
-        "env_id": env_id,
-        "config": args.config,
-        "seed": seed,
+        "script": job.script,
+        "env_id": job.env_id,
+        "config": job.config,
+        "seed": job.seed,
         "global_step": results["global_step"],
         "eval_mean": round(results["eval_mean"], 3),
         "eval_std": round(results["eval_std"], 3),
         "eval_stochastic_mean": round(results["eval_stochastic_mean"], 3),
         "eval_episodes": results["eval_episodes"],
-        "train_return": round(results["train_return"], 3),  # of the last 100 episodes
+        "train_return": round(last_100, 3) if last_100 is not None else "",
         "sps": results["sps"],
         "process_seconds": round(seconds, 2),  # from its start to its exit, imports included
-        "flags": args.flags,
+        "flags": job.flags,
         "torch": version("torch"),
         "gymnasium": version("gymnasium"),
-        "commit": commit,
+        "commit": commit(),
         "mujoco": version("mujoco") if find_spec("mujoco") else "",
     }
 
 
-def main() -> None:
-    args = tyro.cli(Args)
-    table = RESULTS / args.table
-    RESULTS.mkdir(exist_ok=True)
-    done = set()
-    if table.exists():
-        with open(table) as file:
-            done = {
-                tuple(row[k] for k in ("script", "env_id", "config", "seed"))
-                for row in csv.DictReader(file)
-            }
-    jobs = [(env_id, seed) for seed in args.seeds for env_id in args.env_ids]
-    jobs = [job for job in jobs if (args.script, job[0], args.config, str(job[1])) not in done]
+def run_all(jobs: list[Job], table: Path, processes: int, curves: bool = True) -> None:
+    """Run those that are not in the table yet, at most `processes` at a time.
+
+    Curves go to a folder beside the table. A run that fails leaves no line, does not stop the
+    others, and makes the exit status 1.
+    """
+    done = {(row["script"], row["env_id"], row["config"], row["seed"]) for row in read(table)}
     cores: Queue[int] = Queue()
-    for core in range(args.processes):
+    for core in range(processes):
         cores.put(core)
 
-    def work(job: tuple[str, int]) -> dict:
+    def work(job: Job) -> dict:
         core = cores.get()
         try:
-            return one_run(args, *job, core)
+            return one_run(job, core, table.parent / "curves" if curves else None)
         finally:
             cores.put(core)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
-            line = future.result()
-            new = not table.exists()
-            with open(table, "a", newline="") as file:
-                writer = csv.DictWriter(file, line.keys(), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(line)
-            print(
-                f"{line['env_id']} {line['config']} seed {line['seed']}: {line['eval_mean']}",
-                flush=True,
-            )
+    failed = False
+    with ThreadPoolExecutor(processes) as pool:
+        todo = {pool.submit(work, job): job for job in jobs if job.key not in done}
+        for future in as_completed(todo):
+            name = " ".join(todo[future].key)
+            try:
+                line = future.result()
+            except subprocess.CalledProcessError as error:
+                failed = True
+                print(f"{name}: failed with status {error.returncode}", file=sys.stderr)
+                continue
+            append(table, line)
+            print(f"{name}: {line['eval_mean']}", flush=True)
+    if failed:
+        sys.exit(1)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    jobs = [
+        Job(args.script, env_id, args.config, seed, args.flags)
+        for seed in args.seeds
+        for env_id in args.env_ids
+    ]
+    run_all(jobs, RESULTS / args.table, args.processes)
 
 
 if __name__ == "__main__":

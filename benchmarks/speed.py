@@ -1,152 +1,366 @@
-"""Steps per second of the same PPO work, ours against the peers', taken in turn on one core.
+"""The same PPO work by us and by the peers: steps per second, time to solve CartPole, memory.
 
-    python benchmarks/speed.py                                  # CartPole: ours, Stable-Baselines3
-    python benchmarks/speed.py --cleanrl PATH                   # also CleanRL, from a checkout
-    python benchmarks/speed.py --work half-cheetah --cleanrl PATH
+    python benchmarks/speed.py                        # CartPole, eager and compiled
+    python benchmarks/speed.py --work half-cheetah
+    python benchmarks/speed.py --work solve           # CartPole solved, from process start
+    python benchmarks/speed.py --threads 2            # any of them on two cores
 
-The work is CleanRL's default: on CartPole-v1 4 environments x 128 steps, 4 epochs x 4 minibatches;
-on HalfCheetah-v5 1 x 2048 steps, 10 epochs x 32 minibatches, observations and rewards normalised
-(our `--config faithful`); tanh 64-64, value clipping and TensorBoard on both. Each figure is rows
-per second of the training loop without imports: CleanRL prints it, SB3's is timed around `learn`,
-ours is the run's `sps` with the reset rows counted in, as the others count them. SB3 does not clip
-the value loss by default. CleanRL's continuous script gives a wrapper one argument less than
-Gymnasium 1.x wants; a copy with that argument is run.
+Measured are those peers that have an environment in --envs, which `benchmarks/peers/install.sh`
+makes; CleanRL, LeanRL and PureJaxRL also need their checkouts: --cleanrl, --leanrl, --purejaxrl
+PATH. Every contender is a process of its own, on one core with one thread, and they run in turn,
+round after round. Two iterations before the timed rounds count what each does: optimiser steps and
+environment steps must be what the settings ask for, or the contender is left out.
+
+Steps per second are rows per wall second from the end of the second iteration to the end of the
+last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes by the
+likeliest actions; the time runs from the start of the process, imports and compilation included,
+without those evaluations, which take place about every 2,000 rows. One line a run goes to
+results/speed.csv; `python benchmarks/report.py --table speed.csv --work solve` prints them.
 """
 
 import json
-import re
+import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).parent.parent
-SB3 = """
-import sys, tempfile, time
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
-steps = int(sys.argv[1])
-envs = {envs}
-model = PPO("MlpPolicy", envs, {hyperparameters}, clip_range=0.2, device="cpu",
-            tensorboard_log=tempfile.mkdtemp())
-start = time.perf_counter()
-model.learn(steps, log_interval=1)
-print("SPS:", steps / (time.perf_counter() - start))
-"""
+PEERS = ROOT / "benchmarks" / "peers"
+sys.path[:0] = [str(PEERS), str(ROOT / "benchmarks")]
+
+from common import SOLVED, Settings  # noqa: E402
+from run import RESULTS, append, commit, patched, read  # noqa: E402
+
+CARTPOLE = Settings()  # CleanRL's defaults
+HALF_CHEETAH = Settings(  # CleanRL's defaults
+    env_id="HalfCheetah-v5",
+    total_timesteps=40_960,
+    num_envs=1,
+    num_steps=2048,
+    update_epochs=10,
+    num_minibatches=32,
+    learning_rate=3e-4,
+    ent_coef=0.0,
+    normalise=True,
+)
+SOLVE = Settings(  # our defaults
+    total_timesteps=50_000,
+    num_envs=32,
+    num_steps=32,
+    update_epochs=10,
+    learning_rate=2.5e-3,
+    clip_vloss=False,
+    activation="relu",
+)
+ZOO = replace(  # what rl-baselines3-zoo found best for CartPole with Stable-Baselines3
+    SOLVE,
+    total_timesteps=100_000,
+    num_envs=8,
+    update_epochs=20,
+    num_minibatches=1,
+    learning_rate=1e-3,
+    gamma=0.98,
+    gae_lambda=0.8,
+    ent_coef=0.0,
+    activation="tanh",
+    anneal_clip=True,
+)
+OWN = replace(CARTPOLE, total_timesteps=500_000)  # what CleanRL and PureJaxRL come with
 
 
-@dataclass
-class Work:
-    """The same work in the words of each library."""
-
-    script: str
-    flags: str
-    batch_size: int
-    total_timesteps: int
-    sb3_envs: str
-    sb3_hyperparameters: str
-    cleanrl_script: str
-    cleanrl_flags: str
-
-
-WORK = {
-    "cart-pole": Work(
-        script="ppo_discrete.py",
-        flags="--env-id CartPole-v1 --num-envs 4 --num-steps 128 --update-epochs 4 "
-        "--num-minibatches 4 --learning-rate 2.5e-4 --ent-coef 0.01 --clip-vloss "
-        "--norm-adv minibatch --activation tanh",
-        batch_size=512,
-        total_timesteps=60_000,
-        sb3_envs='make_vec_env("CartPole-v1", 4)',
-        sb3_hyperparameters="n_steps=128, batch_size=128, n_epochs=4, ent_coef=0.01, vf_coef=0.25, "
-        "learning_rate=lambda left: 2.5e-4 * left",
-        cleanrl_script="ppo.py",
-        cleanrl_flags="",
-    ),
-    "half-cheetah": Work(
-        script="ppo_continuous.py",
-        flags="--env-id HalfCheetah-v5 --config faithful",
-        batch_size=2048,
-        total_timesteps=20_480,
-        sb3_envs='VecNormalize(make_vec_env("HalfCheetah-v5", 1))',
-        sb3_hyperparameters="n_steps=2048, batch_size=64, n_epochs=10, ent_coef=0.0, vf_coef=0.25, "
-        "learning_rate=lambda left: 3e-4 * left",
-        cleanrl_script="ppo_continuous_action.py",
-        cleanrl_flags="--env-id HalfCheetah-v5",
-    ),
+# The flags that the scripts share; the rest of the settings are each contender's own affair.
+FLAGS = "env_id total_timesteps seed num_envs num_steps update_epochs num_minibatches learning_rate"
+FLAGS += " gamma gae_lambda clip_coef clip_vloss ent_coef vf_coef max_grad_norm"
+BURN_IN = 2  # iterations before steps per second are counted
+LIMIT = 1200  # seconds after which a run is given up
+# The third argument of TransformObservation came with Gymnasium 1.0.
+GYMNASIUM_1 = {"np.clip(obs, -10, 10))": "np.clip(obs, -10, 10), None)"}
+# With PyTorch 2.13 the copy of the agent that acts wants gradients, and LeanRL stops at .numpy().
+NO_GRAD = {
+    f"    {name} = agent_inference.{method}\n": (
+        f"    {name} = torch.no_grad()(agent_inference.{method})\n"
+    )
+    for name, method in (("policy", "get_action_and_value"), ("get_value", "get_value"))
 }
+WANDB = "wandb = __import__('types').SimpleNamespace(init=lambda **_: 0, log=lambda *_, **__: 0)"
 
 
 @dataclass
 class Args:
-    """Measure steps per second, interleaved."""
+    """Measure ourselves and the peers in turn."""
 
-    work: Literal["cart-pole", "half-cheetah"] = "cart-pole"  # the environment and its settings
-    cleanrl: Path | None = None  # a checkout of CleanRL, measured too if given
-    cleanrl_python: Path = Path(sys.executable)  # the interpreter that has CleanRL's packages
-    rounds: int = 5  # times that each is run, in turn
-
-
-def run(command: list[object], cwd: Path) -> str:
-    """Run on one core with one thread and return the output."""
-    pin = ["taskset", "-c", "0"] if shutil.which("taskset") else []
-    words = ["env", "OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", f"PYTHONPATH={cwd}", *pin]
-    words += map(str, command)
-    return subprocess.run(words, cwd=cwd, check=True, capture_output=True, text=True).stdout
+    work: Literal["cart-pole", "half-cheetah", "solve"] = "cart-pole"  # what is to be done
+    rounds: int = 5  # times that each contender is run, each with another seed
+    threads: int = 1  # cores and PyTorch threads of each
+    envs: Path = ROOT / ".venv-peers"  # a folder with an environment for each peer
+    cleanrl: Path | None = None  # a checkout of CleanRL
+    leanrl: Path | None = None  # a checkout of LeanRL
+    purejaxrl: Path | None = None  # a checkout of PureJaxRL
+    only: tuple[str, ...] = ()  # contenders whose names begin so, instead of all
+    quick: bool = False  # 1 round of fewer rows, to results/quick/
 
 
-def ours(args: Args, work: Work) -> float:
+@dataclass
+class Contender:
+    """A program that does the work, and how it is told to."""
+
+    name: str
+    python: Path
+    script: Path
+    settings: Settings
+    flags: tuple[object, ...] = ()  # after those of the settings
+    patches: dict[str, str] = field(default_factory=dict)  # of the script, in a copy
+    runner: bool = False  # takes the settings as JSON, not as flags
+    countable: bool = True  # its steps are Gymnasium's and PyTorch's, and not compiled
+    package: str = "torch"  # whose version the table names, beside
+    checkout: Path | None = None  # the commit of this folder
+    remark: str = ""  # what differs from the settings
+
+
+def ours(work: str, settings: Settings) -> list[Contender]:
+    discrete = settings.env_id == "CartPole-v1"
+    script = ROOT / ("ppo_discrete.py" if discrete else "ppo_continuous.py")
+    flags = ("--activation", settings.activation, "--num-threads", settings.threads)
+    # Our default normalises advantages over the batch, the peers do it a minibatch at a time.
+    flags += ("--norm-adv", "batch" if work == "solve" else "minibatch", "--eval-episodes", 1)
+    flags += () if discrete else ("--config", "faithful")
+    end = "        bar.update(args.batch_size)"
+    policy = "lambda obs: agent.numpy_policy()(obs, 0.0)"
+    patch = f"{end}\n        common.tick((iteration + 1) * args.batch_size, {policy})"
+    python = Path(sys.executable)
+    eager = Contender(script.name, python, script, settings, flags, {end: patch}, checkout=ROOT)
+    words = [sys.executable, str(script), "--help"]
+    if "--compile" not in subprocess.run(words, capture_output=True, text=True).stdout:
+        return [eager]
+    name, flags = f"{script.name} --compile", (*flags, "--compile")
+    return [eager, replace(eager, name=name, flags=flags, countable=False)]
+
+
+def packaged(args: Args, settings: Settings) -> list[Contender]:
+    """Return the libraries of the registry, by the runners in benchmarks/peers."""
+    found = []
+    for name, folder, package, remark in (
+        ("Stable-Baselines3", "sb3", "stable-baselines3", ""),
+        ("Tianshou", "tianshou", "tianshou", ""),
+        ("torchrl", "torchrl", "torchrl", ""),
+        ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
+    ):
+        python, script = args.envs / folder / "bin" / "python", PEERS / f"run_{folder}.py"
+        found.append(Contender(name, python, script, settings, runner=True))
+        found[-1].package, found[-1].remark = package, remark
+    return found
+
+
+def cleanrl(args: Args, settings: Settings) -> Contender:
+    discrete = settings.env_id == "CartPole-v1"
+    name = "ppo.py" if discrete else "ppo_continuous_action.py"
+    line = '        print("SPS:", int(global_step / (time.time() - start_time)))'
+    policy = "lambda obs: agent.actor(torch.Tensor(obs)).argmax(-1).numpy()"
+    patches = {line: f"{line}\n        common.tick(global_step, {policy})"}
+    python, script = args.envs / "cleanrl" / "bin" / "python", args.cleanrl / "cleanrl" / name
+    patches |= {} if discrete else GYMNASIUM_1
+    remark = "" if settings.activation == "tanh" else "tanh"
+    found = Contender(f"CleanRL {name}", python, script, settings, (), patches, remark=remark)
+    return replace(found, checkout=args.cleanrl)
+
+
+def leanrl(args: Args, settings: Settings) -> list[Contender]:
+    """Return LeanRL's script, and the one that it compiles; it has none for CartPole."""
+    found = []
+    for name, file in (("LeanRL", ""), ("LeanRL, compiled", "_torchcompile")):
+        line = "        if global_step_burnin is not None and iteration % 10 == 0:"
+        patches = {line: f"        common.tick(iteration * args.batch_size)\n{line}"}
+        patches |= {"import wandb": WANDB} | GYMNASIUM_1
+        python = args.envs / "leanrl" / "bin" / "python"
+        script = args.leanrl / "leanrl" / f"ppo_continuous_action{file}.py"
+        patches |= NO_GRAD if file else {}
+        flags = ("--compile",) if file else ()
+        found.append(Contender(name, python, script, settings, flags, patches))
+        found[-1].countable, found[-1].checkout = not file, args.leanrl
+        found[-1].remark = "no TensorBoard"
+    return found
+
+
+def purejaxrl(args: Args, settings: Settings) -> Contender:
+    python, script = args.envs / "purejaxrl" / "bin" / "python", PEERS / "run_purejaxrl.py"
+    flags = (args.purejaxrl.absolute() / "purejaxrl",)
+    found = Contender("PureJaxRL", python, script, settings, flags, runner=True)
+    found.package, found.checkout, found.countable = "jax", args.purejaxrl, False
+    clipped = "" if settings.clip_vloss else ", value loss clipped"
+    return replace(found, remark=f"environment in JAX, no TensorBoard{clipped}")
+
+
+def contenders(args: Args) -> list[Contender]:
+    """Return all that can be run here; say which cannot."""
+    settings = {"cart-pole": CARTPOLE, "half-cheetah": HALF_CHEETAH, "solve": SOLVE}[args.work]
+    if args.quick and args.work != "solve":
+        settings = replace(settings, total_timesteps=max(4096, 4 * settings.batch_size))
+    settings = replace(settings, threads=args.threads)
+    discrete = settings.env_id == "CartPole-v1"
+    found = ours(args.work, settings) + packaged(args, settings)
+    found += [cleanrl(args, settings)] if args.cleanrl else []
+    found += leanrl(args, settings) if args.leanrl and not discrete else []
+    found += [purejaxrl(args, settings)] if args.purejaxrl and discrete else []
+    if args.work == "solve" and not args.quick:  # each with the settings that it comes with, too
+        zoo, its_own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
+        own = packaged(args, zoo)[:1]
+        own += [cleanrl(args, its_own)] if args.cleanrl else []
+        own += [purejaxrl(args, its_own)] if args.purejaxrl else []
+        found += [replace(c, name=f"{c.name}, its own settings") for c in own]
+    for contender in [c for c in found if not c.python.exists()]:
+        print(f"left out: {contender.name}, for there is no {contender.python}", file=sys.stderr)
+        found.remove(contender)
+    return [c for c in found if not args.only or c.name.startswith(args.only)]
+
+
+def flag(name: str, value: object) -> str:
+    """Return a flag as tyro reads it."""
+    return f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
+def run(contender: Contender, solve: bool = False, count: bool = False) -> tuple[dict, list[dict]]:
+    """Run it once; return seconds and megabytes of the process, and what it told at each tick."""
+    s = contender.settings
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*work.flags.split(), "--run-dir", folder, "--eval-episodes", 1]
-        flags += ["--total-timesteps", work.total_timesteps]
-        run([sys.executable, ROOT / work.script, *flags], ROOT)
-        results = json.loads((Path(folder) / "results.json").read_text())
-    rows = work.total_timesteps // work.batch_size * work.batch_size
-    return results["sps"] * rows / results["global_step"]
+        script = contender.script
+        if contender.patches:
+            script = Path(folder, script.name)
+            source = patched(contender.script.read_text(), contender.patches)
+            script.write_text(f"import common\n{source}")
+        if contender.runner:
+            words = [json.dumps(asdict(s))]
+        else:
+            words = [flag(name.replace("_", "-"), getattr(s, name)) for name in FLAGS.split()]
+        cores = ",".join(map(str, range(s.threads)))
+        pin = ["taskset", "-c", cores] if shutil.which("taskset") else []
+        command = [*pin, contender.python.absolute(), script, *words, *contender.flags]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(s.threads),
+            "OPENBLAS_NUM_THREADS": str(s.threads),
+            "PYTHONPATH": f"{PEERS}{os.pathsep}{ROOT}",
+            # Nothing that an earlier run compiled.
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+        }
+        environment |= {"BENCHMARK_SOLVE": "1"} if solve else {}
+        environment |= {"BENCHMARK_COUNT": "1"} if count else {}
+        out, err = Path(folder, "out"), Path(folder, "err")
+        with open(out, "w") as stdout, open(err, "w") as stderr:
+            start = time.time()
+            process = subprocess.Popen(
+                list(map(str, command)), cwd=folder, env=environment, stdout=stdout, stderr=stderr
+            )
+            alarm = threading.Timer(LIMIT, process.kill)
+            alarm.start()
+            _, status, usage = os.wait4(process.pid, 0)  # for its own peak of memory
+            alarm.cancel()
+            process.returncode = os.waitstatus_to_exitcode(status)
+            seconds = time.time() - start
+        lines, errors = out.read_text().splitlines(), err.read_text()
+    if process.returncode:
+        raise RuntimeError(
+            f"{contender.name} ended with {process.returncode} after {seconds:.0f} of at most "
+            f"{LIMIT} seconds:\n{errors[-2000:]}"
+        )
+    ticks = [json.loads(line) for line in lines if line.startswith('{"rows"')]
+    return {"start": start, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}, ticks
 
 
-def stable_baselines3(args: Args, work: Work) -> float:
-    code = SB3.format(envs=work.sb3_envs, hyperparameters=work.sb3_hyperparameters)
-    with tempfile.TemporaryDirectory() as folder:
-        output = run([sys.executable, "-c", code, work.total_timesteps], Path(folder))
-    return float(re.findall(r"SPS: ([\d.]+)", output)[-1])
+def check_work(contender: Contender) -> str:
+    """Run two iterations and count; return what was done, or raise if it is not what was asked."""
+    if not contender.countable:
+        return "its steps are compiled and cannot be counted from outside, only its rows"
+    s = replace(contender.settings, total_timesteps=2 * contender.settings.batch_size)
+    *_, last = run(replace(contender, settings=s), count=True)[1]
+    env_steps, gradient_steps = last["env_steps"], last["gradient_steps"]
+    wanted = 2 * s.update_epochs * s.num_minibatches
+    # A library that spends a row on the reset steps the environment once less for each episode.
+    same = last["rows"] == s.total_timesteps and gradient_steps == wanted
+    if not same or not 0.9 * s.total_timesteps <= env_steps <= s.total_timesteps:
+        raise RuntimeError(
+            f"{contender.name} did {env_steps} environment steps and {gradient_steps} optimiser "
+            f"steps on {last['rows']} rows, where {wanted} on {s.total_timesteps} were asked for"
+        )
+    return f"{gradient_steps} optimiser steps on {last['rows']} rows"
 
 
-def cleanrl(args: Args, work: Work) -> float:
-    source = (args.cleanrl / "cleanrl" / work.cleanrl_script).read_text()
-    source = source.replace("np.clip(obs, -10, 10))", "np.clip(obs, -10, 10), None)")
-    flags = [*work.cleanrl_flags.split(), "--total-timesteps", work.total_timesteps]
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, work.cleanrl_script)
-        script.write_text(source)
-        output = run([args.cleanrl_python.absolute(), script, *flags], Path(folder))
-    return float(re.findall(r"SPS: ([\d.]+)", output)[-1])
+def versions(contender: Contender) -> str:
+    """Return the versions of the library, of PyTorch or JAX, and the commit of a checkout."""
+    code = "import sys; from importlib.metadata import version as v; "
+    code += "print(*(f'{p} {v(p)}' for p in sys.argv[1:]), sep=', ')"
+    base = [] if contender.package in ("torch", "jax") else ["torch"]
+    words = [contender.python.absolute(), "-c", code, contender.package, *base]
+    text = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
+    return text.strip() + (f", {commit(contender.checkout)}" if contender.checkout else "")
+
+
+def measure(contender: Contender, args: Args, number: int) -> dict:
+    """Return the table's line of one run."""
+    settings = replace(contender.settings, seed=number)
+    process, ticks = run(replace(contender, settings=settings), solve=args.work == "solve")
+    first = ticks[BURN_IN - 1] if len(ticks) > 2 else ticks[0]
+    rate = (ticks[-1]["rows"] - first["rows"]) / (ticks[-1]["time"] - first["time"])
+    solved = ticks[-1].get("score", 0.0) >= SOLVED
+    wanted = settings.num_iterations * settings.batch_size
+    if ticks[-1]["rows"] != wanted and not solved:
+        raise RuntimeError(f"{contender.name} did {ticks[-1]['rows']} rows, not {wanted}")
+    return {
+        "work": args.work,
+        "threads": args.threads,
+        "contender": contender.name,
+        "round": number,
+        "rows": ticks[-1]["rows"],
+        "steps_per_second": round(rate),
+        "solved_seconds": round(ticks[-1]["time"] - process["start"], 2) if solved else "",
+        "score": ticks[-1].get("score", ""),  # of the last evaluation
+        "process_seconds": round(process["seconds"], 2),
+        "peak_mb": round(process["peak_mb"]),
+        "versions": versions(contender),
+        "remark": contender.remark,
+        "settings": json.dumps(asdict(contender.settings)),
+        "flags": " ".join(f for f in map(str, contender.flags) if "/" not in f),
+        "commit": commit(),
+    }
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    work = WORK[args.work]
-    contenders = {work.script: ours, "Stable-Baselines3": stable_baselines3}
-    if args.cleanrl:
-        contenders[f"CleanRL {work.cleanrl_script}"] = cleanrl
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, contender in contenders.items():
-            figures[name].append(contender(args, work))
-            print(f"{name}: {figures[name][-1]:,.0f} steps/s", file=sys.stderr, flush=True)
-    print("| | steps/s, median | lowest - highest | ours is faster by, median of the rounds |")
-    print("|---|---:|---:|---:|")
-    for name, sps in figures.items():
-        ratio = statistics.median(a / b for a, b in zip(figures[work.script], sps))
-        spread = f"{min(sps):,.0f} - {max(sps):,.0f}"
-        print(f"| {name} | {statistics.median(sps):,.0f} | {spread} | {ratio:.2f}x |")
+    rounds = 1 if args.quick else args.rounds
+    table = (RESULTS / "quick" if args.quick else RESULTS) / "speed.csv"
+    keys = ("work", "threads", "contender", "round")
+    done = {tuple(row[key] for key in keys) for row in read(table)}
+    found, failed = [], False
+    for contender in contenders(args):
+        try:
+            print(f"{contender.name}: {check_work(contender)}", flush=True)
+            found.append(contender)
+        except RuntimeError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            failed = True
+    for number in range(1, rounds + 1):
+        for contender in list(found):
+            if (args.work, str(args.threads), contender.name, str(number)) in done:
+                continue
+            try:
+                line = measure(contender, args, number)
+            except RuntimeError as error:
+                print(f"left out from now on: {error}", file=sys.stderr)
+                found.remove(contender)
+                failed = True
+                continue
+            append(table, line)
+            text = f"{line['steps_per_second']:,} steps/s"
+            if args.work == "solve":
+                text = f"solved after {line['solved_seconds'] or 'never'} s, {line['rows']:,} rows"
+            print(f"{contender.name}, round {number}: {text}, {line['peak_mb']} MB", flush=True)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,26 @@
-"""The figures in README are those of the committed results."""
+"""The tables of the pages are those of the committed results."""
 
-import runpy
+import re
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
-def test_the_results_are_those_of_the_committed_runs() -> None:
-    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
-    table = report["markdown"](ROOT / "benchmarks" / "results" / "runs.csv")
-    assert table in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_are_what_the_reporter_prints(page: Path) -> None:
+    text = page.read_text()
+    assert report.fill(text) == text, f"run: python benchmarks/report.py --pages {page}"
+    comments = re.findall(r"^<!-- python .*?-->", text, re.MULTILINE)
+    assert len(comments) == len(report.MARKED.findall(text)), "a comment without its end"
+
+
+def test_readme_has_such_tables() -> None:
+    assert report.MARKED.search((ROOT / "README.md").read_text())

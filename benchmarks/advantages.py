@@ -1,6 +1,6 @@
 """Time `gae` against the simple loop it replaces and against torchrl, on one CPU thread.
 
-python benchmarks/gae.py            # prints a Markdown table, microseconds a call
+python benchmarks/advantages.py            # prints a Markdown table, microseconds a call
 """
 
 import statistics
@@ -62,17 +62,17 @@ def torchrl_vectorised(rewards, values, next_values, terminated, done, gamma, ga
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Time one call: the median of 50, after 5 to warm up."""
-    times = []
-    for _ in range(55):
+    """Time one call: the median of 50, or of as many as 2 seconds hold, after 5 to warm up."""
+    times: list[float] = []
+    while len(times) < 8 or (len(times) < 55 and sum(times) < 2.0):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
     return statistics.median(times[5:]) * 1e6
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def measure(shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+    """Return the microseconds of each form at each (T, N); all forms must agree."""
     forms = {
         "`gae`": lambda *rollout: gae(*rollout)[0],
         "plain loop": plain_loop,
@@ -85,18 +85,28 @@ def main() -> None:
     except ImportError:
         print('torchrl is left out: pip install -e ".[benchmark]" brings it', file=sys.stderr)
         del forms["torchrl, vectorised"]
-    print("| (T, N) |", *(f"{name} |" for name in forms), "`gae` / best |")
-    print("|---|" + "---:|" * (len(forms) + 1))
-    for T, N in SHAPES:
+    times = {}
+    for T, N in shapes:
         rewards, values, next_values = torch.randn(3, T, N)
         terminated = torch.rand(T, N) < 0.01
         done = terminated | (torch.rand(T, N) < 0.01)
         rollout = (rewards, values, next_values, terminated, done, 0.99, 0.95)
         for form in forms.values():
             torch.testing.assert_close(form(*rollout), plain_loop(*rollout), rtol=1e-3, atol=1e-4)
-        times = [microseconds(partial(form, *rollout)) for form in forms.values()]
-        ratio = times[0] / min(times)
-        print(f"| ({T}, {N}) |", *(f"{x:,.0f} |" for x in times), f"{ratio:.2f} |")
+        row = {name: microseconds(partial(form, *rollout)) for name, form in forms.items()}
+        times[f"({T}, {N})"] = row | {"`gae` / best": row["`gae`"] / min(row.values())}
+    return times
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    times = measure(SHAPES)
+    heads = list(next(iter(times.values())))
+    print("| (T, N) |", *(f"{name} |" for name in heads))
+    print("|---|" + "---:|" * len(heads))
+    for shape, row in times.items():
+        *cells, ratio = row.values()
+        print(f"| {shape} |", *(f"{x:,.0f} |" for x in cells), f"{ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""Train Stable-Baselines3's PPO as rl-baselines3-zoo tuned it, for benchmarks/classic.py.
+
+It takes our scripts' flags and writes what they write, results.json and metrics.csv, so that the
+same runner reads it. Evaluation is ours: 100 episodes on fresh environments, each in one of its
+own, with the statistics of the normaliser frozen, deterministic and stochastic.
+"""
+
+import csv
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+
+@dataclass
+class Args:
+    """Train and evaluate."""
+
+    env_id: str
+    seed: int
+    run_dir: Path
+    total_timesteps: int
+
+
+def falling(start: float):
+    return lambda left: start * left
+
+
+# From hyperparams/ppo.yml of rl-baselines3-zoo; a name with "envs" or "normalize" is not PPO's.
+ZOO: dict[str, dict] = {
+    "CartPole-v1": {
+        "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
+        "n_epochs": 20, "learning_rate": falling(1e-3), "clip_range": falling(0.2),
+    },
+    "Acrobot-v1": {
+        "envs": 16, "normalize": True, "n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99,
+        "n_epochs": 4,
+    },
+    "MountainCar-v0": {
+        "envs": 16, "normalize": True, "n_steps": 16, "gae_lambda": 0.98, "gamma": 0.99,
+        "n_epochs": 4,
+    },
+    "LunarLander-v3": {
+        "envs": 16, "n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999,
+        "n_epochs": 4, "ent_coef": 0.01,
+    },
+    "Pendulum-v1": {
+        "envs": 4, "n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10,
+        "learning_rate": 1e-3, "use_sde": True, "sde_sample_freq": 4,
+    },
+}  # fmt: skip
+
+
+class Curve(BaseCallback):
+    """Notes the mean return of the episodes that ended since the last rollout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, float]] = []
+        self.returns: list[float] = []
+        self.episodes: list[float] = []
+
+    def _on_step(self) -> bool:
+        infos = self.locals["infos"]
+        self.returns += [info["episode"]["r"] for info in infos if "episode" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        mean = float(np.mean(self.returns)) if self.returns else float("nan")
+        self.rows.append((self.num_timesteps, mean))
+        self.episodes, self.returns = self.episodes + self.returns, []
+
+
+def evaluate(model: PPO, env_id: str, deterministic: bool, episodes: int = 100) -> np.ndarray:
+    envs: DummyVecEnv | VecNormalize = make_vec_env(env_id, episodes, seed=12345)
+    trained = model.get_vec_normalize_env()
+    if trained is not None:
+        envs = VecNormalize(envs, training=False, norm_reward=False)
+        envs.obs_rms = trained.obs_rms
+    obs, returns, running = envs.reset(), np.zeros(episodes), np.ones(episodes, bool)
+    while running.any():
+        obs, rewards, done, _ = envs.step(model.predict(obs, deterministic=deterministic)[0])
+        returns[running] += rewards[running]
+        running &= ~done
+    return returns
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    torch.set_num_threads(1)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dict(ZOO[args.env_id])
+    envs = make_vec_env(args.env_id, settings.pop("envs"), seed=args.seed)
+    if settings.pop("normalize", False):
+        envs = VecNormalize(envs, gamma=settings["gamma"])
+    logs = tempfile.mkdtemp()
+    model = PPO("MlpPolicy", envs, **settings, seed=args.seed, device="cpu", tensorboard_log=logs)
+    curve, start = Curve(), time.perf_counter()
+    model.learn(args.total_timesteps, callback=curve, log_interval=1)
+    sps = int(model.num_timesteps / (time.perf_counter() - start))
+    with open(args.run_dir / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("global_step", "charts/episodic_return"), *curve.rows])
+    likeliest, sampled = (evaluate(model, args.env_id, d) for d in (True, False))
+    last = curve.episodes[-100:]
+    results = {
+        "global_step": model.num_timesteps,
+        "eval_mean": likeliest.mean(),
+        "eval_std": likeliest.std(),
+        "eval_stochastic_mean": sampled.mean(),
+        "eval_episodes": 100,
+        "train_return": float(np.mean(last)) if last else None,
+        "sps": sps,
+    }
+    (args.run_dir / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

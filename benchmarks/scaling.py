@@ -1,0 +1,301 @@
+"""How cost grows and where the time goes: lines of results/scaling.csv.
+
+    python benchmarks/scaling.py                              # all, on one core with one thread
+    python benchmarks/scaling.py --parts environments gae
+    python benchmarks/report.py --table scaling.csv --part environments
+
+Parts:
+    environments  CartPole over 1 to 4,096 environments: steps/s, seconds an update, and the floor
+    profile       microseconds that each part of the loop takes, for each step of an environment
+    gae           microseconds of `gae` and of other forms over T and N (benchmarks/advantages.py)
+    rlhf          tokens/s of ppo_rlhf_toy.py's generation over batch and length, with its KV cache
+                  and without
+
+The floor is what the same number of environment steps and of matrix products cost, alone and back
+to back: all else (sampling, activations, losses, Adam, logging, Python) is above it.
+"""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from run import RESULTS, append, commit, patched, read  # noqa: E402
+
+import ppo_continuous  # noqa: E402
+
+Quantities = dict[tuple[str, str], float]  # (line, column) of the part's table: value
+PARTS = ("environments", "profile", "gae", "rlhf")
+
+
+@dataclass
+class Args:
+    """Measure how cost grows."""
+
+    parts: tuple[str, ...] = PARTS  # what to measure
+    rounds: int = 5  # times that each measurement is taken; the table shows medians
+    core: int = 0  # the core to stay on
+    quick: bool = False  # 1 round of few sizes, to results/quick/
+
+
+# A mark goes after each of these lines: what ran since the last mark is that part of the loop.
+BEGIN = "        obs[0] = obs[T]\n"
+MARKS = {
+    BEGIN: "logging",  # of the iteration before
+    "                actions[t] = act(obs[t], noise[t])\n": "acting",
+    "        done = terminated | truncated\n": "environment",
+    "        # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout "
+    "----------\n": "logging",  # of the episodes that ended
+    "        *_, returns, values = batch\n": "advantages",
+    "                    loss, parts, log_ratio = ppo_loss(agent, args, mb, "
+    "run.kl_coef)\n": "forward",
+    "                    loss.backward()\n": "backward",
+    "                optimizer.step()\n": "optimiser",
+    "        means = all_sum(share * torch.stack(losses).mean(0)).tolist()\n": "diagnostics",
+}
+STEP = "                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = "
+STEPS = {"ppo_discrete.py": "envs.step(actions[t])\n", "ppo_continuous.py": "step\n"}
+PARTS_OF_THE_LOOP = list(dict.fromkeys([*MARKS.values()]))
+
+
+def profile_patches(script: str) -> dict[str, str]:
+    """Return the patches that put a mark after each part of a script's loop."""
+    patches = {}
+    for line, part in (MARKS | {STEP + STEPS[script]: "environment"}).items():
+        indent = line[: len(line) - len(line.lstrip())]
+        patches[line] = f'{line}{indent}mark("{part}", {line == BEGIN})\n'
+    return patches
+
+
+def load(script: str, patches: dict[str, str]) -> ModuleType:
+    """Import a copy of a script with patches in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, script)
+        path.write_text(patched((ROOT / script).read_text(), patches))
+        spec = importlib.util.spec_from_file_location(f"patched_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return module
+
+
+def seconds(function: Callable[[], object], least: float = 0.05) -> float:
+    """Return what one call takes: the best of three averages over at least `least` seconds."""
+    function()
+    best = np.inf
+    for _ in range(3):
+        start, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - start < least:
+            function()
+            calls += 1
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
+
+
+def matrix_products(sizes: tuple[int, ...], rows: int, backward: bool) -> float:
+    """Return the seconds of a network's matrix products on rows: forward, and backward if asked."""
+    layers = list(itertools.pairwise(sizes))
+    inputs = [torch.randn(rows, n) for n, _ in layers]
+    weights = [torch.randn(n, m) for n, m in layers]
+    grads = [torch.randn(rows, m) for _, m in layers]
+
+    def products() -> None:
+        for i, (x, weight, grad) in enumerate(zip(inputs, weights, grads)):
+            x @ weight
+            if backward:
+                x.T @ grad  # the weights' gradient
+                if i > 0:  # nobody asks for the observations'
+                    grad @ weight.T
+
+    return seconds(products)
+
+
+def floor(args) -> tuple[float, float]:
+    """Return the seconds of an iteration's environment steps and of its matrix products, alone."""
+    N, T = args.num_envs, args.num_steps
+    envs = gym.make_vec(args.env_id, N)
+    space, inputs = envs.single_action_space, envs.single_observation_space.shape[0]
+    outputs = int(space.n) if isinstance(space, gym.spaces.Discrete) else space.shape[0]
+    envs.reset(seed=0)
+    actions = itertools.cycle([envs.action_space.sample() for _ in range(16)])
+    step = seconds(lambda: envs.step(next(actions)), 0.2)
+    envs.close()
+    hidden = args.hidden_size
+    actor, critic = (inputs, hidden, hidden, outputs), (inputs, hidden, hidden, 1)
+    part = N * T // args.num_minibatches
+    products = T * matrix_products(actor, N, False) + matrix_products(actor, N * T, False)
+    passes = args.update_epochs if args.recompute_advantages else 1
+    products += passes * matrix_products(critic, N * T, False)
+    update = matrix_products(actor, part, True) + matrix_products(critic, part, True)
+    return T * step, products + args.update_epochs * args.num_minibatches * update
+
+
+@dataclass
+class Profile:
+    """An iteration of a script, in seconds."""
+
+    parts: dict[str, float]  # of the loop, as MARKS names them
+    rows: int
+    environment: float  # its steps, alone
+    products: float  # its matrix products, alone
+
+    @property
+    def all(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def floor(self) -> float:
+        return self.environment + self.products
+
+
+def profiled(script: str, iterations: int, **flags: object) -> Profile:
+    """Train and take the time of each part of the loop, without the first two iterations.
+
+    The last is not counted either: no mark tells where its logging ends and the evaluation begins.
+    """
+    parts: dict[str, float] = dict.fromkeys(PARTS_OF_THE_LOOP, 0.0)
+    last, begun = time.perf_counter(), 0
+
+    def mark(part: str, begin: bool) -> None:
+        nonlocal last, begun
+        now = time.perf_counter()
+        if 3 <= begun < iterations:
+            parts[part] += (now - last) / (iterations - 3)
+        begun += begin
+        last = now
+
+    module = load(script, profile_patches(script))
+    module.mark = mark
+    args = module.Args(eval_episodes=1, **flags)
+    args.total_timesteps = iterations * args.batch_size
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args.run_dir = Path(folder, "run")
+        module.train(args)
+    return Profile(parts, args.batch_size, *floor(args))
+
+
+def environments(num_envs: int, num_steps: int = 128) -> Quantities:
+    """Measure the loop, its update alone and the floor at one number of environments."""
+    batch = num_envs * num_steps
+    flags = {"num_envs": num_envs, "num_steps": num_steps, "update_epochs": 4}
+    x = profiled("ppo_discrete.py", max(5, min(20, 200_000 // batch)), **flags)
+    update = sum(x.parts[part] for part in ("forward", "backward", "optimiser"))
+    quantities = {
+        "steps/s": batch / x.all,
+        "floor, steps/s": batch / x.floor,
+        "time / floor": x.all / x.floor,
+        "rows of a batch": batch,
+        "an update, ms": 1e3 * update,
+    }
+    return {(f"{num_envs:,}", name): value for name, value in quantities.items()}
+
+
+def profile(name: str, script: str, iterations: int, **flags: object) -> Quantities:
+    """Measure the microseconds of each part of the loop, for each row, beside the floor."""
+    x = profiled(script, iterations, **flags)
+    lines = {part: 1e6 * value / x.rows for part, value in x.parts.items()}
+    lines |= {"all": 1e6 * x.all / x.rows, "steps/s": x.rows / x.all}
+    lines["environment alone"] = 1e6 * x.environment / x.rows
+    lines["matrix products alone"] = 1e6 * x.products / x.rows
+    lines["all / both alone"] = x.all / x.floor
+    return {(line, name): value for line, value in lines.items()}
+
+
+def gae_times(T: int, N: int) -> Quantities:
+    import advantages
+
+    times = advantages.measure([(T, N)])
+    return {(case, form): x for case, row in times.items() for form, x in row.items()}
+
+
+def rlhf_tokens(batch_size: int, length: int) -> Quantities:
+    import rlhf
+
+    cached, uncached = rlhf.cache_speed(batch_size, length, repeats=3)
+    case = f"{batch_size} answers of {length} tokens"
+    return {
+        (case, "with the cache, tokens/s"): cached,
+        (case, "without, tokens/s"): uncached,
+        (case, "times"): cached / uncached,
+    }
+
+
+def measurements(args: Args) -> Iterator[tuple[str, str, Callable[[], Quantities]]]:
+    """Yield part, name of a line or column, and the function that measures it."""
+    quick = args.quick
+    sizes = (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096)
+    if "environments" in args.parts:
+        for N in sizes:
+            yield "environments", f"{N:,}", partial(environments, N)
+    if "profile" in args.parts:
+        cleanrl = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
+        cleanrl |= {"activation": "tanh", "clip_vloss": True, "norm_adv": "minibatch"}
+        faithful = {"env_id": "HalfCheetah-v5", **ppo_continuous.FAITHFUL}
+        large = {"num_envs": 1024, "num_steps": 16, "update_epochs": 4}
+        for name, script, iterations, flags in (
+            ("CartPole, CleanRL's settings", "ppo_discrete.py", 60, cleanrl),
+            ("CartPole, default", "ppo_discrete.py", 30, {}),
+            ("CartPole, 1024 x 16", "ppo_discrete.py", 20, large),
+            ("HalfCheetah, faithful", "ppo_continuous.py", 6, faithful),
+            ("HalfCheetah, default", "ppo_continuous.py", 10, {"env_id": "HalfCheetah-v5"}),
+        ):
+            if "HalfCheetah" in name and importlib.util.find_spec("mujoco") is None:
+                print(f"left out: {name}, for MuJoCo is not installed", file=sys.stderr)
+                continue
+            few = max(4, iterations // 10) if quick else iterations
+            yield "profile", name, partial(profile, name, script, few, **flags)
+    if "gae" in args.parts:
+        for T in (128,) if quick else (32, 128, 512, 2048):
+            for N in (4, 1024) if quick else (1, 4, 64, 1024, 4096):
+                if T * N <= 2**20:
+                    yield "gae", f"({T}, {N})", partial(gae_times, T, N)
+    if "rlhf" in args.parts:
+        for length in (24,) if quick else (24, 64, 128):
+            for batch_size in (8, 128) if quick else (1, 8, 32, 128, 512):
+                name = f"{batch_size} answers of {length} tokens"
+                yield "rlhf", name, partial(rlhf_tokens, batch_size, length)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        sys.exit(f"--parts {' '.join(unknown)}: there are {', '.join(PARTS)}")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {args.core})
+    torch.set_num_threads(1)
+    table = (RESULTS / "quick" if args.quick else RESULTS) / "scaling.csv"
+    done = {
+        (row["part"], row[k], row["round"]) for row in read(table) for k in ("case", "quantity")
+    }
+    for number in range(1, (1 if args.quick else args.rounds) + 1):
+        for part, name, measure in measurements(args):
+            if (part, name, str(number)) in done:
+                continue
+            quantities = measure()
+            for (case, quantity), value in quantities.items():
+                line = {"part": part, "case": case, "quantity": quantity, "round": number}
+                line |= {"value": f"{value:.5g}", "torch": torch.__version__, "commit": commit()}
+                append(table, line)
+            print(f"{part}, {name}, round {number}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What the figures rest on: the statistics, the patches, and tables that resume."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+
+import ppo_continuous
+import ppo_discrete
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "peers"))
+
+import classic  # noqa: E402
+import common  # noqa: E402
+import details  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+import scaling  # noqa: E402
+import speed  # noqa: E402
+
+
+def test_iqm_leaves_out_the_lowest_and_the_highest_quarter() -> None:
+    assert report.iqm(np.array([100.0, 1.0, 2.0, 3.0, -50.0, 4.0, 5.0, 0.0])) == 2.5
+    assert report.iqm(np.array([-9.0, 1.0, 2.0, 3.0, 9.0])) == 2.0
+    assert report.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # a quarter of three is none
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Means of 30 numbers each: some 38 of 40 intervals hold the true difference, 0."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(40):
+        low, high = report.change_interval(*rng.standard_normal((2, 30)))
+        held += low <= 0.0 <= high
+    assert 34 <= held <= 40
+
+
+@pytest.mark.parametrize("source", ["no such line", "twice twice"])
+def test_a_patch_must_fit_exactly_once(source: str) -> None:
+    with pytest.raises(ValueError, match="places, not one"):
+        run.patched(source, {"twice": "once"})
+
+
+def test_every_patch_of_the_details_fits_and_still_compiles(tmp_path: Path) -> None:
+    paths = details.write_scripts(tmp_path)
+    copies = [path for path in paths.values() if path.is_relative_to(tmp_path)]
+    assert len(copies) == 2 * sum(bool(change.patches) for change in details.CHANGES)
+    for path in copies:
+        source = path.read_text()
+        assert source != (ROOT / path.name).read_text()
+        compile(source, path, "exec")
+
+
+def test_every_flag_of_the_details_and_the_classic_tasks_exists() -> None:
+    modules = {"ppo_discrete.py": ppo_discrete, "ppo_continuous.py": ppo_continuous}
+    cases = [(script, c.flags) for c in details.CHANGES for script in c.scripts]
+    cases += [(script, flags) for _, _, script, flags in classic.TASKS]
+    for script, flags in cases:
+        args = tyro.cli(modules[script].Args, args=flags.split())
+        assert (args != modules[script].Args()) == bool(flags), f"{flags} changes nothing"
+
+
+def test_patches_change_what_they_name() -> None:
+    """The agent of the patched copy has the weights that the change speaks of."""
+
+    def ask(name: str) -> tuple[float, float]:
+        (change,) = (change for change in details.CHANGES if change.name == name)
+        module = scaling.load("ppo_discrete.py", change.patches)
+        torch.manual_seed(0)
+        actor = module.Agent(module.Args(), module.make_envs(module.Args(), 1)).actor
+        hidden, head = actor[2].weight.detach(), actor[4].weight.detach()
+        return (hidden @ hidden.T - 2 * torch.eye(64)).abs().max().item(), head.std().item()
+
+    off_orthogonal, head = ask("PyTorch's initial weights")
+    assert off_orthogonal > 0.1 and head > 0.01
+    off_orthogonal, head = ask("policy head not small")
+    assert off_orthogonal < 1e-4 and head > 0.01
+
+
+@pytest.mark.parametrize("script", ["ppo_discrete.py", "ppo_continuous.py"])
+def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
+    flags = {"num_envs": 2, "num_steps": 16, "update_epochs": 1, "num_minibatches": 2}
+    x = scaling.profiled(script, 4, **flags)
+    parts = "logging acting environment advantages forward backward optimiser diagnostics".split()
+    assert list(x.parts) == parts
+    assert all(value > 0.0 for value in x.parts.values())
+    assert x.rows == 32
+    assert 0.0 < x.environment < 10.0 * x.all
+
+
+def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
+    """Optimiser steps, environment steps and rows of two iterations, counted from outside."""
+    settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
+    (ours, *_) = speed.ours("cart-pole", settings)
+    assert speed.check_work(ours) == "8 optimiser steps on 64 rows"
+
+
+def test_the_compiled_contender_appears_with_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, names in (
+        ("--seed INT", ["ppo_continuous.py"]),
+        ("--compile, --no-compile", ["ppo_continuous.py", "ppo_continuous.py --compile"]),
+    ):
+        help_text = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(speed.subprocess, "run", lambda *_, out=help_text, **__: out)
+        found = speed.ours("half-cheetah", speed.HALF_CHEETAH)
+        assert [contender.name for contender in found] == names
+        assert [contender.countable for contender in found] == [True, False][: len(names)]
+
+
+def test_other_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
+    peer = speed.Contender("peer", Path(), Path(), settings)
+    done = {"rows": 64, "env_steps": 60, "gradient_steps": 8}
+    for wrong in ({}, {"rows": 32}, {"gradient_steps": 4}, {"env_steps": 32}, {"env_steps": 65}):
+        monkeypatch.setattr(speed, "run", lambda *_, wrong=wrong, **__: ({}, [done | wrong]))
+        if not wrong:
+            assert speed.check_work(peer) == "8 optimiser steps on 64 rows"
+        else:
+            with pytest.raises(RuntimeError, match="peer did"):
+                speed.check_work(peer)
+
+
+def test_a_table_resumes_and_a_failed_run_leaves_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def one_run(job: run.Job, core: int, curves: Path | None) -> dict:
+        ran.append(job.seed)
+        if job.seed == 2 and ran.count(2) == 1:
+            raise subprocess.CalledProcessError(2, "python")
+        names = ("script", "env_id", "config", "seed")
+        return dict(zip(names, job.key)) | {"eval_mean": 1.0}
+
+    monkeypatch.setattr(run, "one_run", one_run)
+    table = tmp_path / "new" / "table.csv"
+    jobs = [run.Job("a.py", "CartPole-v1", "default", seed, "") for seed in (1, 2, 3)]
+    with pytest.raises(SystemExit):
+        run.run_all(jobs, table, 1)
+    assert [row["seed"] for row in run.read(table)] == ["1", "3"]
+    run.run_all(jobs, table, 1)
+    assert ran == [1, 2, 3, 2]
+    assert [row["seed"] for row in run.read(table)] == ["1", "3", "2"]
+
+
+def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
+    run.append(tmp_path / "t.csv", {"a": 1})
+    with pytest.raises(ValueError, match="name another table"):
+        run.append(tmp_path / "t.csv", {"b": 1})
+
+
+def test_tables_of_speed_pair_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio is the median over rounds, not the ratio of the medians."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rates = {"ppo_discrete.py": (100, 200, 300), "Peer": (10, 40, 100)}
+    for name, values in rates.items():
+        for number, value in enumerate(values):
+            line = {"work": "cart-pole", "threads": 1, "contender": name, "round": number}
+            line |= {"steps_per_second": value, "peak_mb": 100, "versions": "1", "remark": ""}
+            run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
+    text = report.markdown(report.Args(table="speed.csv"))
+    assert "| Peer | 1 | 40 | 10 - 100 | 5.00x | 100 |  |" in text
+    assert "4 environments x 128 steps, 4 epochs x 4 minibatches, tanh 64-64" in text
+
+
+SETTINGS = speed.json.dumps(speed.asdict(common.Settings()))
+
+
+def test_solved_counts_the_seeds_that_never_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for number, value in enumerate(("2.0", "4.0", "")):
+        line = {"work": "solve", "threads": 1, "contender": "x", "round": number, "rows": 9}
+        line |= {"solved_seconds": value, "peak_mb": 1, "versions": "1", "remark": ""}
+        run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
+    text = report.markdown(report.Args(table="speed.csv", work="solve"))
+    assert "| x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
+
+
+def test_details_are_marked_beyond_the_noise_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    scores = {"default": (10, 11, 12), "worse": (1, 2, 3), "same": (9, 12, 12)}
+    with open(tmp_path / "details.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("env_id", "config", "seed", "eval_mean"))
+        for config, values in scores.items():
+            writer.writerows(("E", config, seed, x) for seed, x in enumerate(values))
+    text = report.markdown(report.Args(table="details.csv"))
+    assert "| worse | 2.0 ± 0.8 ▼ |" in text
+    assert "| same | 11.0 ± 1.4 |" in text
+
+
+def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for number, value in enumerate((1.0, 5.0, 2.0)):
+        line = {"part": "gae", "case": "(1, 2)", "quantity": "us", "round": number, "value": value}
+        run.append(tmp_path / "scaling.csv", line)
+    text = report.markdown(report.Args(table="scaling.csv", part="gae"))
+    assert text == "|  | us |\n|---|---:|\n| (1, 2) | 2.00 |"
+
+
+def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
+    """By the tilt alone the pole falls; always to the left at once; by all four it stands."""
+    assert common.evaluate(lambda obs: obs[:, 2] > 0) < common.SOLVED
+    assert common.evaluate(lambda obs: np.zeros(len(obs), int)) < 12.0
+    assert common.evaluate(lambda obs: obs @ (0.1, 0.5, 1.0, 1.0) > 0) == 500.0
