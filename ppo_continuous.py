@@ -57,11 +57,10 @@ FAITHFUL: dict[str, Any] = {  # what Baselines and CleanRL use for MuJoCo
     "learning_rate": 3e-4,
     "desired_kl": None,
     "gamma": 0.99,
-    "gae_lambda": 0.95,
     "recompute_advantages": False,
     "clip_vloss": True,
     "log_std_init": 0.0,
-    "log_std_final": None,
+    "log_std_fall": None,
     "scale_actions": False,
 }
 
@@ -102,7 +101,7 @@ class Args:
     update_epochs: int = 10  # K, passes over the batch in an update
     num_minibatches: int = 8  # minibatches in an epoch
     gamma: float = 0.995  # discount factor
-    gae_lambda: float = 0.92  # lambda of GAE: 0 trusts the critic, 1 the rewards
+    gae_lambda: float = 0.95  # lambda of GAE: 0 trusts the critic, 1 the rewards
     recompute_advantages: bool = True  # before every epoch, by the critic as it is by then
     # Where advantages are brought to mean 0 and standard deviation 1; minibatch is detail 7.
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"
@@ -118,9 +117,11 @@ class Args:
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
     norm_obs: bool = True  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
-    log_std_init: float = -0.8  # log standard deviation of the first policy's actions
-    # It falls to this linearly, as in PPO's table 4; None lets the gradient choose it.
-    log_std_final: float | None = -2.3
+    # Log standard deviation of the first policy. Default: noise of length 1 over all A actions,
+    # that is -ln(A) / 2, for a robot of many joints bears less in each.
+    log_std_init: float | None = None
+    # By how much it falls, linearly, as in PPO's table 4; None lets the gradient choose it.
+    log_std_fall: float | None = 1.5
     scale_actions: bool = True  # the policy's [-1, 1] is the whole box, so a std means the same
     squash: bool = False  # squash actions into their box by tanh, rather than clip them
     hidden_size: int = 64  # units in each of the two hidden layers
@@ -165,8 +166,8 @@ class Args:
             )
         if self.num_iterations < 1:
             raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
-        if self.ent_coef > 0.0 and self.log_std_final is not None:
-            raise UserError("--ent-coef needs --log-std-final None: the entropy is on a schedule")
+        if self.ent_coef > 0.0 and self.log_std_fall is not None:
+            raise UserError("--ent-coef needs --log-std-fall None: the entropy is on a schedule")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device")
         if self.capture_video and not importlib.util.find_spec("moviepy"):
@@ -259,8 +260,10 @@ class Agent(nn.Module):
         # The small head makes the first policy almost the same in every state.
         self.actor = mlp(*sizes, self.num_actions, activation=args.activation, head_gain=0.01)
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
-        log_std = torch.full((self.num_actions,), args.log_std_init)
-        self.log_std = nn.Parameter(log_std) if args.log_std_final is None else nn.Buffer(log_std)
+        default = -0.5 * math.log(self.num_actions)
+        self.log_std_init = default if args.log_std_init is None else args.log_std_init
+        log_std = torch.full((self.num_actions,), self.log_std_init)
+        self.log_std = nn.Parameter(log_std) if args.log_std_fall is None else nn.Buffer(log_std)
         # They are part of the agent, so that whoever saves or loads it cannot forget them.
         self.obs_moments, self.return_moments = RunningMoments(self.obs_dim), RunningMoments(1)
         self.norm_obs, self.norm_reward = args.norm_obs, args.norm_reward
@@ -506,9 +509,9 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         fraction = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
         if args.desired_kl is None:
             run.learning_rate = fraction * args.learning_rate
-        if args.log_std_final is not None:
-            log_stds = args.log_std_init, args.log_std_final
-            agent.log_std.fill_(np.interp(iteration, (0, args.num_iterations), log_stds))
+        if args.log_std_fall is not None:
+            fallen = args.log_std_fall * iteration / args.num_iterations
+            agent.log_std.fill_(agent.log_std_init - fallen)
         optimizer.param_groups[0]["lr"] = run.learning_rate
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------

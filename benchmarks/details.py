@@ -73,10 +73,10 @@ CHANGES = [
     Change("no entropy bonus", "--ent-coef 0", scripts=(DISCRETE,)),
     Change("PPO-Penalty for PPO-Clip", "--objective penalty"),
     Change("step not tied to the KL", "--desired-kl None", scripts=(CONTINUOUS,)),
-    Change("std learned, not annealed", "--log-std-final None", scripts=(CONTINUOUS,)),
+    Change("std learned, not annealed", "--log-std-fall None", scripts=(CONTINUOUS,)),
     Change(  # an annealed std leaves an entropy bonus nothing to act on
         "std learned, entropy bonus 0.01",
-        "--log-std-final None --ent-coef 0.01",
+        "--log-std-fall None --ent-coef 0.01",
         scripts=(CONTINUOUS,),
     ),
     Change("actions not scaled to the box", "--no-scale-actions", scripts=(CONTINUOUS,)),

@@ -122,11 +122,11 @@ def test_the_box_is_minus_one_to_one_of_the_policy(flags: dict, sent: list) -> N
 
 
 def test_log_std_falls_linearly_or_is_learned(run_dir) -> None:
-    agent, _ = train(small(run_dir / "falls", log_std_init=-0.5, log_std_final=-1.5))
+    agent, _ = train(small(run_dir / "falls", log_std_init=-0.5, log_std_fall=1.0))
     assert "log_std" not in dict(agent.named_parameters()) and "log_std" in agent.state_dict()
     stds = [row["charts/action_std"] for row in read_metrics(run_dir / "falls")]
     np.testing.assert_allclose(stds, np.exp(np.linspace(-0.5, -1.4, 10)), rtol=1e-6)
-    agent, _ = train(small(run_dir / "learned", log_std_init=-0.5, log_std_final=None))
+    agent, _ = train(small(run_dir / "learned", log_std_init=-0.5, log_std_fall=None))
     assert "log_std" in dict(agent.named_parameters())
     assert len(set(agent.log_std.tolist())) == 2  # each dimension went its own way
 
@@ -222,6 +222,7 @@ def test_the_same_seed_gives_the_same_parameters_to_the_last_bit(run_dir) -> Non
         ({"env_id": "CartPole-v1"}, "use ppo_discrete.py"),
         ({"env_id": "test/UnboundedTarget-v0", "squash": True}, "--squash needs bounded actions"),
         ({"learning_rate": 1e30}, "lower --learning-rate"),
+        ({"ent_coef": 0.01}, "--ent-coef needs --log-std-fall None"),
     ],
 )
 def test_wrong_input_is_named(run_dir, changes: dict, message: str) -> None:
