@@ -27,7 +27,7 @@ TASKS = [
     ("Acrobot-v1", 250_000, DISCRETE, ""),
     ("MountainCar-v0", 1_000_000, DISCRETE, ""),
     ("LunarLander-v3", 1_000_000, DISCRETE, ""),
-    ("Pendulum-v1", 200_000, CONTINUOUS, "--gamma 0.9"),
+    ("Pendulum-v1", 150_000, CONTINUOUS, "--gamma 0.9 --activation relu --desired-kl None"),
 ]
 
 

@@ -217,6 +217,8 @@ OTHERS = {
     "mkdocs build",
     'pip install -c constraints.txt -e ".[docs]"',
     "python benchmarks/gallery.py --ranges",
+    # Trained so by tests/test_runs.py.
+    "torchrun --standalone --nproc-per-node 2 ppo_discrete.py --env-id LunarLander-v3",
 }
 
 
@@ -282,7 +284,8 @@ def test_commands_and_recipes_run(name: str, monkeypatch, tmp_path) -> None:
             if hasattr(module, "Reviews"):  # a judge that tells a random model's answers apart
                 by_length = lambda self, prompt, answer: 1.0 / (1.0 + len(answer))  # noqa: E731
                 monkeypatch.setattr(module.Reviews, "gold", by_length)
-            run_dir = f"--run-dir {folder}/run{number}"
+            own_folder = {"--run-dir", "--resume", "--evaluate"} & set(flags)
+            run_dir = "" if own_folder else f"--run-dir {folder}/run{number}"
             if hasattr(module, "main"):
                 short = LANGUAGE if "rlhf" in script else CONTROL
                 words = [script, *flags, *short.split(), *run_dir.split()]
