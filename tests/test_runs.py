@@ -248,6 +248,64 @@ def test_a_run_killed_in_its_evaluation_is_evaluated_when_resumed(tmp_path) -> N
     assert again | {"wall_seconds": 0} == results | {"wall_seconds": 0}
 
 
+def bad_flags(script) -> list[str]:
+    """Make a command line wrong in one place, for every flag in every way that its type allows."""
+    bad = {int: ["x", "1.5", "-3", ""], float: ["x", "nan", "inf", "-0.5", "1,5"]}
+    lines = []
+    for field in dataclasses.fields(script.Args):
+        flag, text = f"--{field.name.replace('_', '-')}", str(field.type)
+        if "bool" in text:
+            lines += [f"{flag} maybe", f"{flag}s"]
+        elif "Literal" in text:
+            lines += [f"{flag} nonsense", f"{flag} -1"]
+        elif "Path" in text and field.name != "run_dir":
+            lines += [f"{flag} /nowhere", f"{flag} /dev/null", f"{flag} /etc/passwd"]
+        elif "float" in text:
+            any_sign = ("log_std_init", "log_std_fall")
+            lines += [
+                f"{flag} {x}"
+                for x in bad[float]
+                if not (flag[2:].replace("-", "_") in any_sign and x[0] in "-ni")
+            ]
+        elif "int" in text:
+            lines += [f"{flag} {x}" for x in bad[int]]
+    lines += ["--env-id No-v0", "--env-id /etc", "--env-id ''", "--run-dir /dev/null", "nonsense"]
+    return [*lines, "--env-kwargs x", "-x", "--num-envs", "--"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is out of date|.*is deprecated:")
+@both
+def test_a_hundred_bad_command_lines(script, tmp_path, monkeypatch, capsys) -> None:
+    """Each ends with a message, a status that is not 0, no traceback and no folder."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in bad_flags(script) if line != "--"]
+    assert len(lines) > 90
+    for line in lines:
+        status, error = run_main(monkeypatch, capsys, script, f"--total-timesteps 4096 {line}")
+        assert status not in (0, None) and error.strip(), line
+        assert "Traceback" not in error and not (tmp_path / "runs").exists(), line
+        if "For full helptext" not in error:  # the library that parses the flags draws a box
+            assert error.count("\n") == 1, line
+
+
+def test_a_hundred_damaged_checkpoints(tmp_path, monkeypatch, capsys) -> None:
+    """Bytes overwritten or cut off anywhere: refused in one line, or harmless."""
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "run"), StopAfter(2))
+    data, rng, refused = (tmp_path / "run" / "checkpoint.pt").read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        broken, place = bytearray(data), rng.randrange(len(data))
+        if rng.random() < 0.5:
+            broken = broken[:place]
+        else:
+            broken[place : place + 20] = rng.randbytes(20)
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(broken)
+        flags = f"--evaluate {tmp_path / 'run'} --eval-episodes 1"
+        status, error = run_main(monkeypatch, capsys, ppo_discrete, flags)
+        assert (status, error) == (0, "") or (status == 2 and error.count("\n") == 1)
+        refused += status == 2
+    assert refused > 50
+
+
 def test_a_longer_run_goes_on_from_a_complete_one(tmp_path, monkeypatch, capsys) -> None:
     ppo_discrete.train(small(ppo_discrete, tmp_path / "run"))
     flags = f"--resume {tmp_path / 'run'} --total-timesteps {15 * 128}"
