@@ -855,6 +855,9 @@ def warn(metrics: dict, streaks: dict[str, int]) -> None:
         "explained_variance < 0, the critic is worse than a constant: raise --num-steps": (
             metrics["losses/explained_variance"] < 0.0
         ),
+        "the actions' std is below 0.01: unless the task is solved, set --log-std-fall 1.5": (
+            metrics["charts/action_std"] < 0.01
+        ),
         "nearly all actions leave their box: lower --log-std-init, or look at the rewards": (
             metrics["charts/clipped_actions"] > 0.9
         ),

@@ -728,6 +728,9 @@ def warn(metrics: dict, streaks: dict[str, int]) -> None:
         "explained_variance < 0, the critic is worse than a constant: raise --num-steps": (
             metrics["losses/explained_variance"] < 0.0
         ),
+        "entropy nearly 0: unless the task is solved, raise --ent-coef": (
+            metrics["losses/entropy"] < 0.001
+        ),
     }
     for text, bad in signs.items():
         streaks[text] = streaks.get(text, 0) + 1 if bad or streaks.get(text, 0) >= 10 else 0

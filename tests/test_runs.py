@@ -364,6 +364,14 @@ def test_what_looks_wrong_for_long_is_said_once(capsys) -> None:
     for metrics in [fine | {"losses/explained_variance": -0.1}] * 10:
         ppo_discrete.warn(metrics, streaks)
     assert capsys.readouterr().err.count("explained_variance < 0") == 1
+    for metrics in [fine | {"losses/entropy": 0.0001}] * 10:
+        ppo_discrete.warn(metrics, streaks)
+    assert capsys.readouterr().err.count("entropy nearly 0") == 1
+    streaks, fine = {}, fine | {"charts/action_std": 0.1, "charts/clipped_actions": 0.1}
+    for bad in ({"charts/clipped_actions": 0.95}, {"charts/action_std": 0.005}):
+        for metrics in [fine | bad] * 10:
+            ppo_continuous.warn(metrics, streaks)
+    assert capsys.readouterr().err.count("warning: ") == 2
 
 
 @both
