@@ -526,9 +526,11 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     results = {"env_id": args.env_id, "seed": args.seed, "global_step": run.global_step}
     results["sps"] = int(run.global_step / run.seconds)
     results["train_return"] = np.mean(run.recent_returns) if run.recent_returns else None
-    results |= report(agent, args, run_dir)
+    results |= report(agent, args)
     results["wall_seconds"] = round(time.perf_counter() - start_time, 2)
     write_json(run_dir / "results.json", results)
+    if args.capture_video:
+        film(agent, args, run_dir)
     return agent, results
 
 
@@ -653,8 +655,8 @@ def evaluate(
     return returns, frames
 
 
-def report(agent: Agent, args: Args, run_dir: Path) -> dict:
-    """Evaluate in both modes, print and return the figures; write a video if args say so."""
+def report(agent: Agent, args: Args) -> dict:
+    """Evaluate in both modes, print and return the figures."""
     seed = split_seed(args.seed)[-1]
     if args.vectorization_mode == "async":  # that would be a process for every episode
         args = dataclasses.replace(args, vectorization_mode="sync")
@@ -665,15 +667,21 @@ def report(agent: Agent, args: Args, run_dir: Path) -> dict:
         results |= {f"{prefix}_mean": scores.mean(), f"{prefix}_std": scores.std()}
         print(f"{mode} evaluation: {scores.mean():.1f} ± {scores.std():.1f}")
     envs.close()
-    if args.capture_video:
-        from gymnasium.utils.save_video import save_video  # needs moviepy
+    return results
+
+
+def film(agent: Agent, args: Args, run_dir: Path) -> None:
+    """Write an mp4 of one episode of the best actions."""
+    try:
+        from gymnasium.utils.save_video import save_video
 
         envs = make_envs(args, 1, render_mode="rgb_array")
-        _, frames = evaluate(agent, envs, seed, True)
+        _, frames = evaluate(agent, envs, split_seed(args.seed)[-1], True)
         fps = envs.metadata.get("render_fps", 30)
         save_video(frames, str(run_dir), lambda _: True, name_prefix="final", fps=fps)
         envs.close()
-    return results
+    except gym.error.DependencyNotInstalled as error:
+        raise UserError(f"--capture-video: {error}") from error
 
 
 def write(path: Path, data: bytes) -> None:
@@ -809,7 +817,9 @@ def evaluate_run(args: Args, folder: Path) -> None:
         agent.load_state_dict(load(folder)["agent"])
     except RuntimeError as error:
         raise UserError(f"--evaluate {folder}: its network is not that of the flags") from error
-    report(agent, args, folder)
+    report(agent, args)
+    if args.capture_video:
+        film(agent, args, folder)
 
 
 def parse() -> Args:

@@ -29,6 +29,7 @@ SHARED = [
     "gather",
     "compile_loss",
     "report",
+    "film",
     "write",
     "write_json",
     "open_run",

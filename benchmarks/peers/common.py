@@ -102,6 +102,7 @@ def evaluate(policy: Callable, episodes: int = 100) -> float:
 
 def count_work() -> None:
     """Count what is done, below every library: Gymnasium's steps and PyTorch's optimiser steps."""
+    import gymnasium as gym
     from gymnasium.envs.classic_control import cartpole
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -126,7 +127,7 @@ def count_work() -> None:
         from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 
         count(HalfCheetahEnv)
-    except ImportError:
+    except (ImportError, gym.error.DependencyNotInstalled):
         pass
 
 
