@@ -4,7 +4,7 @@
 # ///
 """PPO for continuous actions: one file, read top to bottom.
 
-    python ppo_continuous.py --env-id HalfCheetah-v5    # return 7,000 in some 4 minutes on one core
+    python ppo_continuous.py --env-id HalfCheetah-v5    # return 6,000 in some 4 minutes on one core
 
 One iteration of `train`:
     [1] Rollout     the policy plays T steps in each of N environments
