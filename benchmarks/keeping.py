@@ -1,7 +1,8 @@
 """What it costs to keep a run, and what processes and compiling bring, each beside its opposite.
 
-    python benchmarks/keeping.py                # a Markdown table, some 15 minutes on two cores
-    python benchmarks/keeping.py --what kills   # 50 times kill -9 and --resume, then compare
+    python benchmarks/keeping.py                     # processes and compiling: a Markdown table
+    python benchmarks/keeping.py --what checkpoints  # their share of the loop's time
+    python benchmarks/keeping.py --what kills        # 50 times kill -9 and --resume, then compare
 
 Every comparison takes turns (A B A B ...), and its ratio is the median over the rounds.
 """
@@ -27,6 +28,12 @@ import tyro
 ROOT = Path(__file__).parent.parent
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+CART = (
+    "ppo_discrete.py",
+    "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4 "
+    "--norm-adv minibatch --activation tanh",
+)
+CHEETAH = ("ppo_continuous.py", "--env-id HalfCheetah-v5 --total-timesteps 60000")
 
 
 class Slow(gym.Env):
@@ -60,7 +67,7 @@ def timed(*args):
     spent.append(time.perf_counter() - start)
 script.save = timed
 script.main()
-print(sum(spent), len(spent))
+print(sum(spent))
 """
 
 
@@ -68,26 +75,25 @@ print(sum(spent), len(spent))
 class Args:
     """Compare."""
 
-    what: Literal["costs", "kills"] = "costs"
-    rounds: int = 5  # turns of each comparison
+    what: Literal["gains", "checkpoints", "kills"] = "gains"
+    rounds: int = 5  # turns of each comparison, or runs of each script
     kills: int = 50  # kills: how often
     seconds: float = 8.0  # kills: a process lives at most so long after its start
 
 
 def train(script: str, flags: str, launch: tuple[str, ...] = ()) -> dict[str, float]:
-    """Train in a process of its own; return seconds of the loop, steps a second, seconds in all."""
+    """Train in a process of its own; return steps a second and the first iteration's seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launch, str(ROOT / script), "--run-dir", folder + "/run"]
         command += ["--eval-episodes", "1", *flags.split()]
-        start = time.perf_counter()
         subprocess.run(
             command,
             check=True,
-            env=os.environ | ONE_CORE,
+            # A cache of its own, so that --compile compiles as on its first day.
+            env=os.environ | ONE_CORE | {"TORCHINDUCTOR_CACHE_DIR": folder + "/cache"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        seconds = time.perf_counter() - start
         with open(folder + "/run/metrics.csv") as file:
             rows = [
                 (int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)
@@ -95,7 +101,7 @@ def train(script: str, flags: str, launch: tuple[str, ...] = ()) -> dict[str, fl
     (first_step, first_sps), (last_step, last_sps) = rows[0], rows[-1]
     # The first iteration, which may compile, is left out of the rate.
     rate = (last_step - first_step) / (last_step / last_sps - first_step / first_sps)
-    return {"rate": rate, "first": first_step / first_sps, "seconds": seconds}
+    return {"rate": rate, "first": first_step / first_sps}
 
 
 def compare(rounds: int, one: tuple, other: tuple) -> tuple[list[dict], list[dict]]:
@@ -118,24 +124,27 @@ def share_of_checkpoints(script: str, flags: str) -> float:
         )
         with open(folder + "/run/metrics.csv") as file:
             last = list(csv.DictReader(file))[-1]
-    seconds, _ = map(float, done.stdout.splitlines()[-1].split())
+    seconds = float(done.stdout.splitlines()[-1])
     return seconds / (int(last["global_step"]) / float(last["charts/SPS"]))
 
 
-def costs(rounds: int) -> None:
-    """Print the table."""
+def checkpoints(rounds: int) -> None:
+    """Print what they take of each script's loop."""
+    for script, flags in (CART, CHEETAH):
+        shares = [100.0 * share_of_checkpoints(script, flags) for _ in range(rounds)]
+        spread = f"{min(shares):.2f} - {max(shares):.2f}"
+        print(f"{script} {flags}: {np.median(shares):.2f} % ({spread})")
+
+
+def gains(rounds: int) -> None:
+    """Print the table of processes and compiling."""
     slow = "--env-id benchmarks.keeping:Slow-v0 --total-timesteps 8192 --num-envs 8 --num-steps 128"
-    cart = "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4"
-    cart += " --norm-adv minibatch --activation tanh"
-    cheetah = "--env-id HalfCheetah-v5 --total-timesteps 60000"
-    compiled = " --compile"
     rows = []
     for name, one, other in (
         ("2 processes, environment of 2 ms a step", ("ppo_discrete.py", slow),
          ("ppo_discrete.py", slow, tuple(TORCHRUN))),
-        ("--compile, CartPole", ("ppo_discrete.py", cart), ("ppo_discrete.py", cart + compiled)),
-        ("--compile, HalfCheetah", ("ppo_continuous.py", cheetah),
-         ("ppo_continuous.py", cheetah + compiled)),
+        ("--compile, CartPole", CART, (CART[0], CART[1] + " --compile")),
+        ("--compile, HalfCheetah", CHEETAH, (CHEETAH[0], CHEETAH[1] + " --compile")),
     ):  # fmt: skip
         without, with_it = compare(rounds, one, other)
         ratios = [b["rate"] / a["rate"] for a, b in zip(without, with_it)]
@@ -191,7 +200,12 @@ def kills(count: int, longest: float) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    costs(args.rounds) if args.what == "costs" else kills(args.kills, args.seconds)
+    if args.what == "gains":
+        gains(args.rounds)
+    elif args.what == "checkpoints":
+        checkpoints(args.rounds)
+    else:
+        kills(args.kills, args.seconds)
 
 
 if __name__ == "__main__":
