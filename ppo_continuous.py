@@ -923,6 +923,8 @@ def restore(
     try:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
+        if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):
+            raise ValueError("Adam itself does not look, and would write past the end")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{flag} its network is not that of the flags given") from error
     state = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in states[rank].items()}

@@ -121,6 +121,13 @@ def test_the_box_is_minus_one_to_one_of_the_policy(flags: dict, sent: list) -> N
     np.testing.assert_allclose(agent.to_env(actions), sent, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("env_id", "size"), [("Pendulum-v1", 1), ("test/Target-v0", 2)])
+def test_the_first_noise_has_length_one_over_all_actions(env_id: str, size: int) -> None:
+    agent = Agent(args := Args(env_id=env_id), ppo_continuous.make_envs(args, 1))
+    assert agent.log_std.shape == (size,)
+    assert agent.log_std.exp().square().sum().item() == pytest.approx(1.0)
+
+
 def test_log_std_falls_linearly_or_is_learned(run_dir) -> None:
     agent, _ = train(small(run_dir / "falls", log_std_init=-0.5, log_std_fall=1.0))
     assert "log_std" not in dict(agent.named_parameters()) and "log_std" in agent.state_dict()

@@ -96,6 +96,7 @@ def test_the_kl_coefficient_follows_the_paper(kl: float, factor: float) -> None:
 def test_the_learning_rate_follows_the_kl(kl: float, rate: float) -> None:
     assert ppo_discrete.adapt_learning_rate(1e-3, kl, 0.01) == pytest.approx(rate, rel=1e-12)
     assert ppo_discrete.adapt_learning_rate(9e-3, kl, 0.01) <= 1e-2  # without a signal KL stays 0
+    assert ppo_discrete.adapt_learning_rate(5e-2, 0.0, 0.01) == 5e-2  # as the user set it
 
 
 def test_value_loss_by_hand() -> None:

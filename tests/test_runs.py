@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,6 +247,22 @@ def test_a_run_killed_in_its_evaluation_is_evaluated_when_resumed(tmp_path) -> N
     _, again = ppo_discrete.train(dataclasses.replace(args, resume=args.run_dir))
     assert (tmp_path / "run" / "results.json").exists()
     assert again | {"wall_seconds": 0} == results | {"wall_seconds": 0}
+
+
+def test_another_number_of_parameters_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    """A learned std is a parameter, a falling one is not; the agent's state_dict is the same."""
+    ppo_continuous.train(small(ppo_continuous, tmp_path / "run"), StopAfter(2))
+    flags = f"--resume {tmp_path / 'run'} --log-std-fall None"
+    status, error = run_main(monkeypatch, capsys, ppo_continuous, flags)
+    assert status == 2 and "its network is not that of the flags given" in error
+
+
+def test_what_is_not_finite_stays_out_of_tensorboard_but_not_of_the_table(tmp_path) -> None:
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: written.append(name))
+    ppo_discrete.log(tmp_path, writer, 7, {"a": 1.0, "b": float("nan"), "c": float("-inf")})
+    assert written == ["a"]
+    assert (tmp_path / "metrics.csv").read_text() == "global_step,a,b,c\n7,1.0,nan,-inf\n"
 
 
 def bad_flags(script) -> list[str]:
