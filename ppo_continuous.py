@@ -298,13 +298,13 @@ class Agent(nn.Module):
         linears = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
         arrays = [[p.detach().cpu().numpy().T for p in layer.parameters()] for layer in linears]
         *hidden, (head_weight, head_bias) = arrays
-        tanh = isinstance(self.actor[1], nn.Tanh)
+        tanh = nn.Tanh in map(type, self.actor)
         std = self.log_std.detach().exp().cpu().numpy()
         obs_mean, obs_std = self.obs_moments.numpy()
-        bound = 10.0 if self.norm_obs else np.inf
 
         def act(x: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-            x = ((x - obs_mean) / obs_std).clip(-bound, bound)  # as normalise_obs
+            if self.norm_obs:
+                x = ((x - obs_mean) / obs_std).clip(-10.0, 10.0)  # as normalise_obs
             for weight, bias in hidden:
                 x = x @ weight + bias
                 x = np.tanh(x) if tanh else np.maximum(x, 0.0)
@@ -337,6 +337,10 @@ class Agent(nn.Module):
     def value(self, obs: Tensor) -> Tensor:
         """Return V(s), of the shape of `obs` without its last dimension."""
         return self.critic(obs).squeeze(-1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log pi(a|s), the policy's entropy and V(s), all (...)."""
+        return *self.log_prob_and_entropy(obs, actions), self.value(obs)
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
@@ -412,18 +416,19 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss to minimise (PPO eq. 9, its sign turned), its parts (3,), log-ratios (M,).
 
-    `batch` holds observations (M, D), actions, and old log-probs, advantages, returns, old values.
+    `batch` holds what `agent` is called with, then old log-probs, advantages, returns and old
+    values, each (M,).
     The parts, for the log, are the policy loss, the value loss and the entropy.
     """
-    obs, actions, old_log_probs, advantages, returns, old_values = batch
-    log_probs, entropies = agent.log_prob_and_entropy(obs, actions)
+    *inputs, old_log_probs, advantages, returns, old_values = batch
+    log_probs, entropies, values = agent(*inputs)
     log_ratio = log_probs - old_log_probs
     if args.objective == "clip":
         surrogate = clipped_surrogate(log_ratio.exp(), advantages, args.clip_coef)
     else:
         surrogate = kl_penalised_surrogate(log_ratio, advantages, kl_coef)
     v_clip = args.clip_coef if args.clip_vloss else None
-    v_loss, entropy = value_loss(agent.value(obs), old_values, returns, v_clip), entropies.mean()
+    v_loss, entropy = value_loss(values, old_values, returns, v_clip), entropies.mean()
     loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
     return loss, torch.stack((-surrogate, v_loss, entropy)).detach(), log_ratio.detach()
 
@@ -450,14 +455,13 @@ def normalise(x: Tensor) -> Tensor:
     return (x - mean) / (var.sqrt() + 1e-8)
 
 
-def critique(agent: Agent, args: Args, rollout: tuple[Tensor, ...]) -> list[Tensor]:
+def critique(args: Args, values: Tensor, rollout: tuple[Tensor, ...]) -> list[Tensor]:
     """Return advantages, returns and values of the rollout's real rows, each (B,).
 
-    `rollout` holds obs (T+1, N, D), then rewards, terminated, done and real, each (T, N).
+    `values` (T+1, N) are the critic's; `rollout` ends with rewards, terminated, done and real, each
+    (T, N).
     """
-    obs, rewards, terminated, done, real = rollout
-    with torch.no_grad():
-        values = agent.value(obs)  # (T+1, N)
+    *_, rewards, terminated, done, real = rollout
     # An episode's last observation has a row of its own, so V(s') is the next row of values.
     advantages, returns = gae(
         rewards, values[:-1], values[1:], terminated, done, args.gamma, args.gae_lambda
@@ -493,7 +497,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         args.learning_rate, args.kl_coef, [sample_rng, shuffle_rng], np.zeros((2, N)), np.zeros(N)
     )
     if args.resume is not None:
-        obs[T], was_done = restore(args, agent, optimizer, run, rank, envs)
+        obs[T], was_done, _ = restore(args, agent, optimizer, run, rank, envs)
     run_dir, writer = open_run(args, run) if rank == 0 else (None, None)  # process 0 keeps the run
     if run_dir is not None:
         print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
@@ -548,14 +552,15 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             agent.observe(obs[:-1][real], discounted_returns[real])
 
         # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout ----------
-        inputs = agent.normalise_obs(obs), agent.scale_rewards(rewards)
+        inputs = agent.normalise_obs(obs), actions, agent.scale_rewards(rewards)
         buffers = (*inputs, terminated, done, real)
         rollout = tuple(torch.as_tensor(x, device=device) for x in buffers)
-        s, keep, a = rollout[0][:-1], rollout[-1], torch.as_tensor(actions, device=device)
+        s, a, *_, keep = rollout
         with torch.no_grad():
-            log_probs, _ = agent.log_prob_and_entropy(s, a)  # (T, N)
-        # From here on without the reset rows: obs (B, D), the others (B,).
-        batch = [s[keep], a[keep], log_probs[keep], *critique(agent, args, rollout)]
+            values = agent.value(s)  # (T+1, N)
+            log_probs, _ = agent.log_prob_and_entropy(s[:-1], a)  # (T, N)
+        # From here on without the reset rows: obs (B, D), the others (B, ...).
+        batch = [x[keep] for x in (s[:-1], a, log_probs)] + critique(args, values, rollout)
         *_, returns, values = batch
         unexplained = moments(returns - values)[2] / moments(returns)[2]
         share = len(values) / sum(gather([len(values)]))  # of the rows of all processes
@@ -565,13 +570,14 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         epoch_diagnostics = []
         for epoch in range(args.update_epochs):
             if epoch > 0 and args.recompute_advantages:
-                batch[3:] = critique(agent, args, rollout)
+                with torch.no_grad():
+                    batch[-3:] = critique(args, agent.value(rollout[0]), rollout)
             order = torch.as_tensor(shuffle_rng.permutation(len(batch[0])), device=device)
             number = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
             log_ratios = []
             for mb in zip(*(x[order].tensor_split(number) for x in batch)):
                 if args.norm_adv == "minibatch":
-                    mb = *mb[:3], normalise(mb[3]), *mb[4:]
+                    mb = *mb[:-3], normalise(mb[-3]), *mb[-2:]
                 if compiled is not None:
                     parts, log_ratio = compiled(mb, run.kl_coef)
                 else:
@@ -759,18 +765,18 @@ def compile_loss(agent: Agent, args: Args, parameters: nn.Parameter) -> Callable
 
 
 def evaluate(
-    agent: Agent, envs: gym.vector.VectorEnv, seed: int, deterministic: bool
+    agent: Agent, envs: gym.vector.VectorEnv, seed: int, deterministic: bool, filming: bool = False
 ) -> tuple[np.ndarray, list]:
     """Return the undiscounted returns (E,) of E whole episodes, cut off after 10,000 steps.
 
     Each has an environment of its own: the first E to end in a few would be the short ones.
-    The first one's pictures come second, if the environments draw any.
+    The first one's pictures come second, if `filming`.
     """
     act, rng = agent.numpy_policy(), np.random.default_rng(seed)
     obs, _ = envs.reset(seed=seed)
     returns, running, frames = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), []
     for _ in range(10_000):
-        if envs.render_mode == "rgb_array" and running[0]:
+        if filming and running[0]:
             frames.append(envs.render()[0])
         noise = 0.0 if deterministic else agent.noise(rng, envs.num_envs)
         step = envs.step(agent.to_env(act(obs.astype(np.float32), noise)))
@@ -803,7 +809,7 @@ def film(agent: Agent, args: Args, run_dir: Path) -> None:
         from gymnasium.utils.save_video import save_video
 
         envs = make_envs(args, 1, render_mode="rgb_array")
-        _, frames = evaluate(agent, envs, split_seed(args.seed)[-1], True)
+        _, frames = evaluate(agent, envs, split_seed(args.seed)[-1], True, filming=True)
         fps = envs.metadata.get("render_fps", 30)
         save_video(frames, str(run_dir), lambda _: True, name_prefix="final", fps=fps)
         envs.close()
@@ -905,8 +911,8 @@ def load(folder: Path) -> dict:
 
 def restore(
     args: Args, agent: Agent, optimizer: Adam, run: Progress, rank: int, envs: gym.vector.VectorEnv
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take up the checkpoint; return the last observations, and which of them end an episode.
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Take up the checkpoint; return the last observations, which end an episode, and the info.
 
     An environment's state cannot be saved in general. So episodes begin anew every `restart_every`
     iterations, resumed or not, and the actions since the last restart are played again here: an
@@ -931,13 +937,14 @@ def restore(
     for rng, rng_state in zip(run.rngs, state.pop("rngs")):
         rng.bit_generator.state = rng_state
     vars(run).update(state, played=list(state["played"]))
-    obs, _ = envs.reset(seed=run.restart_seed)
+    obs, info = envs.reset(seed=run.restart_seed)
     ended = np.zeros(envs.num_envs, bool)
     if run.iteration % args.restart_every:
         for step_actions in itertools.chain(*run.played):
-            obs, _, terminated, truncated, _ = envs.step(agent.to_env(step_actions))
+            step = envs.step(agent.to_env(step_actions))
+            obs, _, terminated, truncated, info = step
             ended = terminated | truncated
-    return obs, ended
+    return obs, ended, info
 
 
 def evaluate_run(args: Args, folder: Path) -> None:

@@ -12,20 +12,23 @@ One iteration of `train`:
     [3] Update      K epochs of shuffled minibatches on the clipped surrogate and the value loss
     [4] Log         means over the iteration, to TensorBoard, metrics.csv and the terminal
 
-Shapes: T num_steps, N num_envs, D observation size, A actions, B real rows of a batch, M rows of
-a minibatch. Episodes restart one step late (Gymnasium's NEXT_STEP autoreset): if one ends in row
-t, then obs[t+1] is its true last observation, row t+1 is the reset (its action is ignored: it is
-no transition, and nothing may learn from it), and obs[t+2] begins the next episode.
+Shapes: T num_steps, N num_envs, D observation size (of images: 4, 84, 84), K parts of an action (1
+but for MultiDiscrete), A choices of a part, B real rows of a batch, M rows of a minibatch.
+Episodes restart one step late (Gymnasium's NEXT_STEP autoreset): if one ends in row t, then
+obs[t+1] is its true last observation, row t+1 is the reset (its action is ignored: it is no
+transition, and nothing may learn from it), and obs[t+2] begins the next episode.
 
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, 1506.02438).
 "Detail n" counts as in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -48,6 +51,19 @@ from tqdm import tqdm
 
 from gae import gae
 
+PIXELS: dict[str, Any] = {  # the defaults if observations are images: the PPO paper's for Atari
+    "total_timesteps": 10_000_000,
+    "eval_episodes": 10,
+    "learning_rate": 2.5e-4,
+    "num_envs": 8,
+    "num_steps": 128,
+    "update_epochs": 4,
+    "clip_coef": 0.1,
+    "sign_rewards": True,
+    "life_loss": True,
+    "hidden_size": 512,
+}
+
 
 class UserError(ValueError):
     """A flag, an environment or a number to mend: one line on the command line, no traceback."""
@@ -55,9 +71,13 @@ class UserError(ValueError):
 
 @dataclasses.dataclass
 class Args:
-    """Train a PPO agent with discrete actions, then evaluate it."""
+    """Train a PPO agent with discrete actions, then evaluate it.
 
-    env_id: str = "CartPole-v1"  # Gymnasium environment with Discrete actions
+    Environments that show images have other defaults: --env-id ALE/Pong-v5 --help lists them.
+    """
+
+    # Gymnasium environment with Discrete, MultiDiscrete or MultiBinary actions.
+    env_id: str = "CartPole-v1"
     # Keyword arguments of the environment, such as is_slippery=false map_name=8x8.
     env_kwargs: tuple[str, ...] = ()
     # Default: the environment's own vectorised version, else sync. async suits slow environments.
@@ -97,7 +117,11 @@ class Args:
     # clip: end an update after an epoch with a higher approx_kl. penalty: the KL to keep (0.01).
     target_kl: float | None = None
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
-    hidden_size: int = 64  # units in each of the two hidden layers
+    norm_obs: bool = False  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
+    norm_reward: bool = False  # by the std of the discounted return, clipped to 10 (30, 31)
+    sign_rewards: bool = False  # learn from the sign of a reward only (detail 19)
+    life_loss: bool = False  # Atari: to the advantages, a lost life is the end (detail 16)
+    hidden_size: int = 64  # units in each hidden layer: two, or one after an image's convolutions
     activation: Literal["relu", "tanh"] = "relu"  # tanh is Baselines' and CleanRL's, relu is faster
 
     @property
@@ -145,10 +169,51 @@ class Args:
             raise UserError('--capture-video needs moviepy: pip install "gymnasium[other]"')
 
 
+class ActionMasks(gym.Wrapper):
+    """Put what the environment's `action_masks()` returns into its info."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        obs, info = super().reset(**kwargs)
+        return obs, info | {"action_mask": np.asarray(self.get_wrapper_attr("action_masks")())}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+        *step, info = super().step(action)
+        return *step, info | {"action_mask": np.asarray(self.get_wrapper_attr("action_masks")())}
+
+
+def is_image(space: gym.Space, height: int) -> bool:
+    """Return whether observations are images, of bytes; `height` is the axis, the width is next."""
+    shape = space.shape or ()
+    sides = shape[height : height + 2]
+    return space.dtype == np.uint8 and len(shape) in (2, 3) and len(sides) == 2 and min(sides) >= 36
+
+
+def prepare(env: Any) -> Any:
+    """Wrap one environment: masks go to its info; images become 4 grey frames, 84 x 84."""
+    if env.has_wrapper_attr("action_masks"):
+        env = ActionMasks(env)
+    if is_image(env.observation_space, 0):
+        if len(env.observation_space.shape) == 3:
+            env = gym.wrappers.GrayscaleObservation(env)
+        env = gym.wrappers.ResizeObservation(env, (84, 84))
+        env = gym.wrappers.FrameStackObservation(env, 4)
+    return env
+
+
+def parts(space: gym.Space) -> list[int]:
+    """Return the number of choices of each of the K parts of an action, none if it has others."""
+    if isinstance(space, gym.spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.ravel().tolist()
+    return [2] * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else []
+
+
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make `num_envs` environments with observations (N, D); discrete parts become one-hot.
 
-    Raises `UserError` for an environment that is unknown or that this script cannot serve.
+    Images are bytes (N, 4, 84, 84). Raises `UserError` for an environment that is unknown or that
+    this script cannot serve.
     """
     for pair in args.env_kwargs:
         name, _, text = pair.partition("=")
@@ -156,21 +221,32 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
             kwargs[name] = json.loads(text.lower() if text in ("True", "False") else text)
         except json.JSONDecodeError:
             kwargs[name] = text
-    flag = f"--env-id {args.env_id}:"
+    flag, mode, atari = f"--env-id {args.env_id}:", args.vectorization_mode, "ALE/" in args.env_id
+    wrappers: Sequence[Callable] = [prepare]
+    module, _, name = args.env_id.rpartition(":")
     try:
-        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **kwargs)
+        if module or atari:
+            importlib.import_module(module or "ale_py")  # registers its environments
+        own = mode is None and gym.spec(name).vector_entry_point is not None
+        if own or mode == "vector_entry_point":
+            wrappers = []  # they are one object; Atari's shows 4 grey frames, 84 x 84, by itself
+            if atari:  # scores are to be whole, and it draws nothing
+                kwargs = {"reward_clipping": False, **kwargs}
+                kwargs.pop("render_mode", None)
+        envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        hint = ' (pip install "gymnasium[atari]")' if "ALE/" in args.env_id else ""
+        hint = ' (pip install "gymnasium[atari]")' if atari else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
     space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Discrete):
+    if not parts(space):
         other = ": use ppo_continuous.py" if isinstance(space, gym.spaces.Box) else ""
         raise UserError(f"{flag} its actions are {space}, not Discrete{other}")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{flag} needs the autoreset mode NEXT_STEP")
-    if space.start != 0:  # the policy counts its actions from 0
-        envs = gym.wrappers.vector.TransformAction(envs, lambda actions: actions + space.start)
-    if len(envs.single_observation_space.shape or ()) != 1:
+    if is_image(envs.single_observation_space, 1):
+        if args.norm_obs:
+            raise UserError("--norm-obs: images are divided by 255 instead")
+    elif len(envs.single_observation_space.shape or ()) != 1:
         envs = gym.wrappers.vector.FlattenObservation(envs)
     return envs
 
@@ -187,50 +263,182 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows seen, kept in the agent's state_dict."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, rows: np.ndarray) -> None:
+        """Take in rows (B, size): the moments of two sets give those of their union."""
+        x = torch.as_tensor(rows, dtype=torch.float64, device=self.mean.device)
+        count, mean, var = moments(x, correction=0)
+        share, delta = count / (self.count + count), mean - self.mean
+        self.var += share * (var - self.var + (1 - share) * delta.square())
+        self.mean += share * delta
+        self.count += count
+
+    def numpy(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation as float32."""
+        return self.mean.float().cpu().numpy(), (self.var + 1e-8).sqrt().float().cpu().numpy()
+
+
+class NatureCNN(nn.Sequential):
+    """Three convolutions and a layer, from images (..., C, H, W) to features (..., width)."""
+
+    def __init__(self, shape: tuple[int, ...], width: int):
+        convolutions = [nn.Conv2d(shape[0], 32, 8, stride=4), nn.ReLU()]
+        convolutions += [nn.Conv2d(32, 64, 4, stride=2), nn.ReLU()]
+        convolutions += [nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten()]
+        size = nn.Sequential(*convolutions)(torch.zeros(1, *shape)).numel()
+        super().__init__(*convolutions, nn.Linear(size, width), nn.ReLU())
+        for layer in self:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+                layer.bias.data.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Divide the bytes by 255 (detail 22); with channels last a CPU needs a third less time."""
+        x = images.reshape(-1, *images.shape[-3:]).contiguous(memory_format=torch.channels_last)
+        return super().forward(x / 255.0).view(*images.shape[:-3], -1)
+
+
 class Agent(nn.Module):
-    """A policy and a critic, two separate networks (detail 13)."""
+    """A policy and a critic: two networks (detail 13), on images two heads of one (detail 21).
+
+    Apart, neither pulls at the other's features. What an image shows is dear to learn and serves
+    both, and one CNN takes half the time of two.
+    """
 
     def __init__(self, args: Args, envs: gym.vector.VectorEnv):
         super().__init__()
-        self.num_actions = int(envs.single_action_space.n)
-        self.obs_dim = envs.single_observation_space.shape[0]
-        sizes = (self.obs_dim, args.hidden_size, args.hidden_size)
+        self.action_space = envs.single_action_space
+        numbers = np.array(parts(self.action_space))
+        self.choices = (len(numbers), int(numbers.max()))  # K, A
+        self.exists = np.arange(self.choices[1]) < numbers[:, None]  # (K, A)
+        self.no_mask = np.where(self.exists, 0.0, -1e9).astype(np.float32)
+        self.obs_shape = envs.single_observation_space.shape or ()
+        self.sees_images = len(self.obs_shape) == 3
+        self.obs_dtype = np.uint8 if self.sees_images else np.float32
+        sizes: tuple[int, ...] = (self.obs_shape[0], args.hidden_size, args.hidden_size)
+        self.trunk: nn.Module = nn.Identity()
+        if self.sees_images:
+            self.trunk, sizes = NatureCNN(self.obs_shape, args.hidden_size), (args.hidden_size,)
         # The small head makes the first policy almost uniform in every state.
-        self.actor = mlp(*sizes, self.num_actions, activation=args.activation, head_gain=0.01)
+        outputs = math.prod(self.choices)
+        self.actor = mlp(*sizes, outputs, activation=args.activation, head_gain=0.01)
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
+        # They are part of the agent, so that whoever saves or loads it cannot forget them.
+        self.obs_moments, self.return_moments = RunningMoments(sizes[0]), RunningMoments(1)
+        self.norm_obs, self.norm_reward = args.norm_obs, args.norm_reward
 
     def noise(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
-        """Draw the noise (*shape, A) with which the policy samples."""
-        return rng.gumbel(size=(*shape, self.num_actions))
+        """Draw the noise (*shape, K, A) with which the policy samples."""
+        return rng.gumbel(size=(*shape, *self.choices))
+
+    def masks(self, info: dict, done: np.ndarray) -> np.ndarray:
+        """Return what is added to logits (N, K, A): 0 for a legal choice, -1e9 for another.
+
+        `info["action_mask"]`, if there, says what is legal, a number for each choice of each part.
+        Where an episode has ended the action is ignored, and all is. Raises `UserError` if nothing
+        is legal.
+        """
+        if "action_mask" not in info:
+            return self.no_mask
+        legal = np.tile(self.exists, (len(done), 1, 1))
+        rows = info.get("_action_mask", True) & ~done  # of environments that gave a mask
+        given = np.array(info["action_mask"][rows].tolist(), bool)
+        of_rows, choices = legal[rows], self.exists.sum()
+        if given.size != len(of_rows) * choices:
+            raise UserError(f"an action_mask of {given[0].size} numbers for {choices} choices")
+        of_rows[:, self.exists] = given.reshape(-1, choices)
+        legal[rows] = of_rows
+        if not legal.any(-1).all():
+            raise UserError("an action_mask leaves no legal action")
+        return np.where(legal, 0.0, -1e9).astype(np.float32)
+
+    def observe(self, obs: np.ndarray, discounted_returns: np.ndarray) -> None:
+        """Take real rows into the moments: obs (B, D) and discounted returns (B,)."""
+        if self.norm_obs:
+            self.obs_moments.update(obs)
+        if self.norm_reward:
+            self.return_moments.update(discounted_returns[:, None])
+
+    def normalise_obs(self, obs: np.ndarray) -> np.ndarray:
+        """Return obs (..., D) at mean 0 and std 1, clipped to [-10, 10] (details 28, 29)."""
+        mean, std = self.obs_moments.numpy()
+        return ((obs - mean) / std).clip(-10.0, 10.0) if self.norm_obs else obs
+
+    def scale_rewards(self, rewards: np.ndarray) -> np.ndarray:
+        """Return rewards over the std of the discounted return, clipped too (details 30, 31)."""
+        _, std = self.return_moments.numpy()
+        return (rewards / std).clip(-10.0, 10.0) if self.norm_reward else rewards
 
     def numpy_policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """Return the present policy, a function from obs (N, D) and noise (N, A) to actions (N,).
+        """Return the present policy, a function from obs (N, D) and noise (N, K, A) to (N, K).
 
         argmax(logits + Gumbel noise) is a sample from softmax(logits); noise 0 gives the mode.
+        With the masks added to the noise no illegal action comes out.
         On a few rows NumPy's overhead is a third of PyTorch's, and the rollout is mostly overhead.
         """
         linears = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
         arrays = [[p.detach().cpu().numpy().T for p in layer.parameters()] for layer in linears]
         *hidden, (head_weight, head_bias) = arrays
-        tanh = isinstance(self.actor[1], nn.Tanh)
+        tanh = nn.Tanh in map(type, self.actor)
+        obs_mean, obs_std = self.obs_moments.numpy()
+        device = next(self.parameters()).device
 
         def act(x: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+            if self.norm_obs:
+                x = ((x - obs_mean) / obs_std).clip(-10.0, 10.0)  # as normalise_obs
+            if self.sees_images:
+                with torch.no_grad():
+                    x = self.trunk(torch.as_tensor(x, device=device)).cpu().numpy()
             for weight, bias in hidden:
                 x = x @ weight + bias
                 x = np.tanh(x) if tanh else np.maximum(x, 0.0)
-            return (x @ head_weight + head_bias + noise).argmax(-1)
+            logits = (x @ head_weight + head_bias).reshape(-1, *self.choices)
+            return (logits + noise).argmax(-1)
 
         return act
 
-    def log_prob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log pi(a|s) and the policy's entropy in nats, both of the shape of `actions`."""
-        log_pi = F.log_softmax(self.actor(obs), dim=-1)  # (..., A)
-        log_probs = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        return log_probs, -(log_pi.exp() * log_pi).sum(-1)
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """Return actions (N, K), counted from 0, as the environment counts and shapes them."""
+        space = self.action_space
+        actions = actions.reshape(-1, *(space.shape or ())) + getattr(space, "start", 0)
+        return actions.astype(space.dtype)
+
+    def log_prob_and_entropy(
+        self, features: Tensor, actions: Tensor, masks: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return log pi(a|s) and the policy's entropy in nats, both (...), of actions (..., K).
+
+        The parts of an action are independent, so that their logs and entropies add (detail 37).
+        A masked choice has probability 0 exactly, and its logit no gradient.
+        """
+        logits = self.actor(features).unflatten(-1, self.choices) + masks
+        log_pi = F.log_softmax(logits, dim=-1)  # (..., K, A)
+        log_probs = log_pi.gather(-1, actions.unsqueeze(-1)).sum((-2, -1))
+        return log_probs, -(log_pi.exp() * log_pi).sum((-2, -1))
 
     def value(self, obs: Tensor) -> Tensor:
-        """Return V(s), of the shape of `obs` without its last dimension."""
-        return self.critic(obs).squeeze(-1)
+        """Return V(s), (...), of observations (..., D) or images (..., 4, 84, 84)."""
+        return self.critic(self.trunk(obs)).squeeze(-1)
+
+    def forward(
+        self, obs: Tensor, actions: Tensor, masks: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log pi(a|s), the policy's entropy and V(s), all (...), by one pass."""
+        features = self.trunk(obs)
+        values = self.critic(features).squeeze(-1)
+        return *self.log_prob_and_entropy(features, actions, masks), values
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
@@ -306,18 +514,19 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss to minimise (PPO eq. 9, its sign turned), its parts (3,), log-ratios (M,).
 
-    `batch` holds observations (M, D), actions, and old log-probs, advantages, returns, old values.
+    `batch` holds what `agent` is called with, then old log-probs, advantages, returns and old
+    values, each (M,).
     The parts, for the log, are the policy loss, the value loss and the entropy.
     """
-    obs, actions, old_log_probs, advantages, returns, old_values = batch
-    log_probs, entropies = agent.log_prob_and_entropy(obs, actions)
+    *inputs, old_log_probs, advantages, returns, old_values = batch
+    log_probs, entropies, values = agent(*inputs)
     log_ratio = log_probs - old_log_probs
     if args.objective == "clip":
         surrogate = clipped_surrogate(log_ratio.exp(), advantages, args.clip_coef)
     else:
         surrogate = kl_penalised_surrogate(log_ratio, advantages, kl_coef)
     v_clip = args.clip_coef if args.clip_vloss else None
-    v_loss, entropy = value_loss(agent.value(obs), old_values, returns, v_clip), entropies.mean()
+    v_loss, entropy = value_loss(values, old_values, returns, v_clip), entropies.mean()
     loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
     return loss, torch.stack((-surrogate, v_loss, entropy)).detach(), log_ratio.detach()
 
@@ -344,14 +553,13 @@ def normalise(x: Tensor) -> Tensor:
     return (x - mean) / (var.sqrt() + 1e-8)
 
 
-def critique(agent: Agent, args: Args, rollout: tuple[Tensor, ...]) -> list[Tensor]:
+def critique(args: Args, values: Tensor, rollout: tuple[Tensor, ...]) -> list[Tensor]:
     """Return advantages, returns and values of the rollout's real rows, each (B,).
 
-    `rollout` holds obs (T+1, N, D), then rewards, terminated, done and real, each (T, N).
+    `values` (T+1, N) are the critic's; `rollout` ends with rewards, terminated, done and real, each
+    (T, N).
     """
-    obs, rewards, terminated, done, real = rollout
-    with torch.no_grad():
-        values = agent.value(obs)  # (T+1, N)
+    *_, rewards, terminated, done, real = rollout
     # An episode's last observation has a row of its own, so V(s') is the next row of values.
     advantages, returns = gae(
         rewards, values[:-1], values[1:], terminated, done, args.gamma, args.gae_lambda
@@ -379,12 +587,16 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
     compiled = compile_loss(agent, args, parameters) if args.compile else None
 
-    obs = np.zeros((T + 1, N, agent.obs_dim), np.float32)
-    actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
+    obs = np.zeros((T + 1, N, *agent.obs_shape), agent.obs_dtype)
+    actions = np.zeros((T, N, agent.choices[0]), np.int64)
+    masks, lives = np.zeros((T + 1, N, *agent.choices), np.float32), np.zeros((T + 1, N))
+    rewards, discounted_returns = np.zeros((T, N), np.float32), np.zeros((T, N))
     terminated, truncated = np.zeros((T, N), bool), np.zeros((T, N), bool)
-    run = Progress(args.learning_rate, args.kl_coef, [sample_rng, shuffle_rng], np.zeros((2, N)))
+    run = Progress(
+        args.learning_rate, args.kl_coef, [sample_rng, shuffle_rng], np.zeros((2, N)), np.zeros(N)
+    )
     if args.resume is not None:
-        obs[T], was_done = restore(args, agent, optimizer, run, rank, envs)
+        obs[T], was_done, info = restore(args, agent, optimizer, run, rank, envs)
     run_dir, writer = open_run(args, run) if rank == 0 else (None, None)  # process 0 keeps the run
     if run_dir is not None:
         print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
@@ -403,14 +615,18 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
         if iteration % args.restart_every == 0:
             run.restart(env_seed + iteration * args.num_envs + rank * N)
-            obs[T], _ = envs.reset(seed=run.restart_seed)
+            obs[T], info = envs.reset(seed=run.restart_seed)
             was_done = np.zeros(N, bool)
         obs[0] = obs[T]
+        masks[0], lives[0] = agent.masks(info, was_done), info.get("lives", 0)
         act, noise = agent.numpy_policy(), agent.noise(sample_rng, T, args.num_envs)[:, mine]
         with np.errstate(invalid="ignore"):  # a NaN or infinity is reported below
             for t in range(T):
-                actions[t] = act(obs[t], noise[t])
-                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
+                actions[t] = act(obs[t], noise[t] + masks[t])
+                step = envs.step(agent.to_env(actions[t]))
+                obs[t + 1], rewards[t], terminated[t], truncated[t], info = step
+                masks[t + 1] = agent.masks(info, terminated[t] | truncated[t])
+                lives[t + 1] = info.get("lives", 0)
         run.played.append(actions.copy())
         done = terminated | truncated
         real = ~np.concatenate([was_done[None], done[:-1]])  # (T, N), False in reset rows
@@ -419,23 +635,32 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
             raise UserError(f"{args.env_id} gave a NaN or infinity after step {run.global_step}")
         run.global_step += sum(gather([int(real.sum())]))
+        lost_life = args.life_loss & real & (lives[1:] < lives[:-1])
+        pay = np.sign(rewards) if args.sign_rewards else rewards  # what is learned from
         episodes = []  # return and length of those that ended in this rollout
         for t in range(T):
             run.episode += rewards[t], real[t]
+            discounted_returns[t] = run.discounted = args.gamma * run.discounted + pay[t]
             if done[t].any():
                 episodes += run.episode[:, done[t]].T.tolist()
-                run.episode[:, done[t]] = 0.0
+                run.episode[:, done[t]] = run.discounted[done[t]] = 0.0
         episodes = gather(episodes)
+        # The normalisers move between iterations, so that all of one sees the same numbers; only
+        # the first needs a look at its own rollout.
+        if iteration == 0:
+            agent.observe(obs[:-1][real], discounted_returns[real])
 
         # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout ----------
-        rollout = tuple(
-            torch.as_tensor(x, device=device) for x in (obs, rewards, terminated, done, real)
-        )
-        s, keep, a = rollout[0][:-1], rollout[-1], torch.as_tensor(actions, device=device)
+        inputs = agent.normalise_obs(obs), actions, masks[:-1], agent.scale_rewards(pay)
+        buffers = (*inputs, terminated | lost_life, done | lost_life, real)
+        rollout = tuple(torch.as_tensor(x, device=device) for x in buffers)
+        s, a, m, *_, keep = rollout
         with torch.no_grad():
-            log_probs, _ = agent.log_prob_and_entropy(s, a)  # (T, N)
-        # From here on without the reset rows: obs (B, D), the others (B,).
-        batch = [s[keep], a[keep], log_probs[keep], *critique(agent, args, rollout)]
+            features = agent.trunk(s)  # (T+1, N, ...)
+            values = agent.critic(features).squeeze(-1)  # (T+1, N)
+            log_probs, _ = agent.log_prob_and_entropy(features[:-1], a, m)  # (T, N)
+        # From here on without the reset rows: obs (B, D), the others (B, ...).
+        batch = [x[keep] for x in (s[:-1], a, m, log_probs)] + critique(args, values, rollout)
         *_, returns, values = batch
         unexplained = moments(returns - values)[2] / moments(returns)[2]
         share = len(values) / sum(gather([len(values)]))  # of the rows of all processes
@@ -445,13 +670,14 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         epoch_diagnostics = []
         for epoch in range(args.update_epochs):
             if epoch > 0 and args.recompute_advantages:
-                batch[3:] = critique(agent, args, rollout)
+                with torch.no_grad():
+                    batch[-3:] = critique(args, agent.value(rollout[0]), rollout)
             order = torch.as_tensor(shuffle_rng.permutation(len(batch[0])), device=device)
             number = min(args.num_minibatches, len(order) // 2)  # of at least 2 rows, for the std
             log_ratios = []
             for mb in zip(*(x[order].tensor_split(number) for x in batch)):
                 if args.norm_adv == "minibatch":
-                    mb = *mb[:3], normalise(mb[3]), *mb[4:]
+                    mb = *mb[:-3], normalise(mb[-3]), *mb[-2:]
                 if compiled is not None:
                     parts, log_ratio = compiled(mb, run.kl_coef)
                 else:
@@ -508,6 +734,8 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
             print_time = time.perf_counter()
             line = f"step {run.global_step:,}  return {run.last_return:.1f}  {sps:,} steps/s"
             print(line, flush=True)
+        if iteration > 0:
+            agent.observe(obs[:-1][real], discounted_returns[real])
         run.iteration = iteration + 1
         stopped = any(gather([stop is not None and stop.is_set()]))
         last = stopped or run.iteration == args.num_iterations
@@ -545,6 +773,7 @@ class Progress:
     kl_coef: float
     rngs: list[np.random.Generator]  # for sampling and shuffling
     episode: np.ndarray  # (2, N), return and length so far
+    discounted: np.ndarray  # (N,), discounted return so far
     iteration: int = 0
     global_step: int = 0
     seconds: float = 0.0
@@ -557,6 +786,7 @@ class Progress:
         """Begin all episodes anew."""
         self.restart_seed, self.played = seed, []
         self.episode[:] = 0.0
+        self.discounted[:] = 0.0
 
 
 def split_seed(seed: int) -> list[int]:
@@ -632,24 +862,29 @@ def compile_loss(agent: Agent, args: Args, parameters: nn.Parameter) -> Callable
 
 
 def evaluate(
-    agent: Agent, envs: gym.vector.VectorEnv, seed: int, deterministic: bool
+    agent: Agent, envs: gym.vector.VectorEnv, seed: int, deterministic: bool, filming: bool = False
 ) -> tuple[np.ndarray, list]:
-    """Return the undiscounted returns (E,) of E whole episodes, cut off after 10,000 steps.
+    """Return the undiscounted returns (E,) of E whole episodes.
 
-    Each has an environment of its own: the first E to end in a few would be the short ones.
-    The first one's pictures come second, if the environments draw any.
+    They are cut off after 10,000 steps, games with images after 30,000. Each has an environment of
+    its own: the first E to end in a few would be the short ones. The first one's pictures come
+    second, if `filming`: of an environment that draws none, what the agent sees.
     """
     act, rng = agent.numpy_policy(), np.random.default_rng(seed)
-    obs, _ = envs.reset(seed=seed)
+    obs, info = envs.reset(seed=seed)
     returns, running, frames = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), []
-    for _ in range(10_000):
-        if envs.render_mode == "rgb_array" and running[0]:
-            frames.append(envs.render()[0])
+    ended = ~running
+    for _ in range(30_000 if agent.sees_images else 10_000):  # an Atari game may take 27,000
+        if filming and running[0]:
+            draws = envs.render_mode == "rgb_array"
+            frames.append(envs.render()[0] if draws else np.stack([obs[0, -1]] * 3, axis=-1))
         noise = 0.0 if deterministic else agent.noise(rng, envs.num_envs)
-        step = envs.step(act(obs.astype(np.float32), noise))
-        obs, reward, terminated, truncated, _ = step
+        actions = act(obs.astype(agent.obs_dtype), noise + agent.masks(info, ended))
+        step = envs.step(agent.to_env(actions))
+        obs, reward, terminated, truncated, info = step
+        ended = terminated | truncated
         returns[running] += reward[running]
-        running &= ~(terminated | truncated)
+        running &= ~ended
         if not running.any():
             break
     return returns, frames
@@ -676,7 +911,7 @@ def film(agent: Agent, args: Args, run_dir: Path) -> None:
         from gymnasium.utils.save_video import save_video
 
         envs = make_envs(args, 1, render_mode="rgb_array")
-        _, frames = evaluate(agent, envs, split_seed(args.seed)[-1], True)
+        _, frames = evaluate(agent, envs, split_seed(args.seed)[-1], True, filming=True)
         fps = envs.metadata.get("render_fps", 30)
         save_video(frames, str(run_dir), lambda _: True, name_prefix="final", fps=fps)
         envs.close()
@@ -775,8 +1010,8 @@ def load(folder: Path) -> dict:
 
 def restore(
     args: Args, agent: Agent, optimizer: Adam, run: Progress, rank: int, envs: gym.vector.VectorEnv
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take up the checkpoint; return the last observations, and which of them end an episode.
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Take up the checkpoint; return the last observations, which end an episode, and the info.
 
     An environment's state cannot be saved in general. So episodes begin anew every `restart_every`
     iterations, resumed or not, and the actions since the last restart are played again here: an
@@ -801,13 +1036,14 @@ def restore(
     for rng, rng_state in zip(run.rngs, state.pop("rngs")):
         rng.bit_generator.state = rng_state
     vars(run).update(state, played=list(state["played"]))
-    obs, _ = envs.reset(seed=run.restart_seed)
+    obs, info = envs.reset(seed=run.restart_seed)
     ended = np.zeros(envs.num_envs, bool)
     if run.iteration % args.restart_every:
         for step_actions in itertools.chain(*run.played):
-            obs, _, terminated, truncated, _ = envs.step(step_actions)
+            step = envs.step(agent.to_env(step_actions))
+            obs, _, terminated, truncated, info = step
             ended = terminated | truncated
-    return obs, ended
+    return obs, ended, info
 
 
 def evaluate_run(args: Args, folder: Path) -> None:
@@ -826,10 +1062,13 @@ def evaluate_run(args: Args, folder: Path) -> None:
 
 def parse() -> Args:
     """Return the arguments; those of a run that is resumed or evaluated are the defaults."""
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     folder = args.resume or args.evaluate
     if folder is None:
-        return args
+        envs = make_envs(dataclasses.replace(args, vectorization_mode=None), 1)
+        images = is_image(envs.single_observation_space, 1)
+        envs.close()
+        return tyro.cli(Args, default=Args(**PIXELS) if images else Args())
     saved = load(folder)["args"]
     ours = {"run_dir": folder, "resume": None, "evaluate": None, "capture_video": False}
     try:

@@ -58,7 +58,6 @@ class Args:
 BEGIN = "        obs[0] = obs[T]\n"
 MARKS = {
     BEGIN: "logging",  # of the iteration before
-    "                actions[t] = act(obs[t], noise[t])\n": "acting",
     "        done = terminated | truncated\n": "environment",
     "        # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout "
     "----------\n": "logging",  # of the episodes that ended
@@ -69,15 +68,22 @@ MARKS = {
     "                optimizer.step()\n": "optimiser",
     "        means = all_sum(share * torch.stack(losses).mean(0)).tolist()\n": "diagnostics",
 }
-STEP = "                obs[t + 1], rewards[t], terminated[t], truncated[t], _ = "
-STEPS = {"ppo_discrete.py": "envs.step(actions[t])\n", "ppo_continuous.py": "step\n"}
-PARTS_OF_THE_LOOP = list(dict.fromkeys([*MARKS.values()]))
+ACTING = {
+    "ppo_discrete.py": "                actions[t] = act(obs[t], noise[t] + masks[t])\n",
+    "ppo_continuous.py": "                actions[t] = act(obs[t], noise[t])\n",
+}
+STEPPED = {
+    "ppo_discrete.py": '                lives[t + 1] = info.get("lives", 0)\n',
+    "ppo_continuous.py": "                obs[t + 1], rewards[t], terminated[t], truncated[t], _ ="
+    " step\n",
+}
+PARTS_OF_THE_LOOP = list(dict.fromkeys(["logging", "acting", *MARKS.values()]))
 
 
 def profile_patches(script: str) -> dict[str, str]:
     """Return the patches that put a mark after each part of a script's loop."""
     patches = {}
-    for line, part in (MARKS | {STEP + STEPS[script]: "environment"}).items():
+    for line, part in (MARKS | {ACTING[script]: "acting", STEPPED[script]: "environment"}).items():
         indent = line[: len(line) - len(line.lstrip())]
         patches[line] = f'{line}{indent}mark("{part}", {line == BEGIN})\n'
     return patches

@@ -87,13 +87,14 @@ def measure_trust_region() -> None:
     envs = ppo.make_envs(args, args.num_envs)
     N = args.num_envs
     obs = np.zeros((T + 1, N, envs.single_observation_space.shape[0]), np.float32)
-    actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
+    actions, rewards = np.zeros((T, N, 1), np.int64), np.zeros((T, N), np.float32)
     terminated, truncated = np.zeros((T, N), bool), np.zeros((T, N), bool)
     rng, act = np.random.default_rng(0), agent.numpy_policy()
     obs[0], _ = envs.reset(seed=0)
     for t in range(T):
         actions[t] = act(obs[t], agent.noise(rng, N))
-        obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
+        step = envs.step(agent.to_env(actions[t]))
+        obs[t + 1], rewards[t], terminated[t], truncated[t], _ = step
     done = terminated | truncated
     real = torch.as_tensor(~np.concatenate([np.zeros((1, N), bool), done[:-1]]))
     s, a, r, end, over = map(torch.as_tensor, (obs, actions, rewards, terminated, done))

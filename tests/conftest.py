@@ -1,6 +1,14 @@
+import importlib.util
+import warnings
+
 import pytest
 
 import tests.envs  # noqa: F401  (registers the test environments)
+
+if importlib.util.find_spec("Box2D"):
+    with warnings.catch_warnings():  # as errors, its own warnings crash the import
+        warnings.simplefilter("ignore")
+        import Box2D  # noqa: F401
 
 
 @pytest.fixture

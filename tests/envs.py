@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 MARK = 9.0  # the observation of an episode's end in `Poison`, seen nowhere else
 
@@ -129,9 +129,126 @@ class Matrix(Identity):
 
 
 class TwoActions(Identity):
-    """An action space that no script here serves yet."""
+    """An action space that no script here serves."""
 
-    action_space = MultiDiscrete([2, 2])
+    action_space = Tuple((Discrete(2), Discrete(2)))
+
+
+class Masked(Identity):
+    """`Identity` with five actions, of which the target and one more are legal in each state.
+
+    At an episode's end none is. `wrong` makes the mask so earlier, or too short.
+    """
+
+    action_space = Discrete(5)
+
+    def __init__(self, wrong: str = ""):
+        self.wrong = wrong
+
+    def legal(self) -> np.ndarray:
+        mask = np.zeros(5, np.int8)
+        if self.steps < 10 and not (self.wrong == "none" and self.steps == 5):
+            mask[[self.target, 3 + self.target % 2]] = 1
+        return mask[:4] if self.wrong == "short" else mask
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs, info | {"action_mask": self.legal()}
+
+    def step(self, action):
+        assert self.legal()[action], "an illegal action"
+        *step, info = super().step(action)
+        return *step, info | {"action_mask": self.legal()}
+
+
+class MaskedByMethod(Masked):
+    """The same, told by a method, as sb3-contrib's environments do."""
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0], {}
+
+    def step(self, action):
+        return *super().step(action)[:-1], {}
+
+    def action_masks(self) -> list[bool]:
+        return self.legal().astype(bool).tolist()
+
+
+class Parts(Identity):
+    """Half a reward for each part of the action that the observation shows: of 2 and of 3."""
+
+    action_space = MultiDiscrete([2, 3], start=[0, 4])
+    observation_space = Box(0.0, 1.0, (5,), np.float32)
+
+    def _observe(self):
+        self.target = self.np_random.integers([0, 4], [2, 7])
+        return np.eye(5, dtype=np.float32)[[self.target[0], self.target[1] - 2]].sum(0)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = float((action == self.target).mean())
+        self.steps += 1
+        return self._observe(), reward, self.steps == 10, False, {}
+
+
+class Bits(Parts):
+    """The same for three bits in a row."""
+
+    action_space = MultiBinary((1, 3))
+    observation_space = Box(0.0, 1.0, (3,), np.float32)
+
+    def _observe(self):
+        self.target = self.np_random.integers(2, size=(1, 3), dtype=np.int8)
+        return self.target[0].astype(np.float32)
+
+
+class Picture(Identity):
+    """`Identity` whose observation is a picture with a bright bar at the left, middle or right."""
+
+    observation_space = Box(0, 255, (42, 60, 3), np.uint8)
+
+    def _observe(self):
+        super()._observe()
+        picture = np.zeros(self.observation_space.shape, np.uint8)
+        picture[:, 20 * self.target : 20 * self.target + 20] = 200
+        return picture
+
+
+class GreyPicture(Picture):
+    """The same without colours."""
+
+    observation_space = Box(0, 255, (42, 60), np.uint8)
+
+
+class Lives(gym.vector.VectorEnv):
+    """One game after another of 4 steps, worth 3 each; after two of them one of two lives is lost.
+
+    As ALE's: the episode goes on after the first, and the step after its end is the reset.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    single_action_space = Discrete(2)
+    single_observation_space = Box(0.0, 1.0, (5,), np.float32)
+
+    def __init__(self, num_envs: int = 1):
+        self.num_envs = num_envs
+
+    def _observe(self):
+        return np.eye(5, dtype=np.float32)[self.steps]
+
+    def _info(self):
+        return {"lives": 2 - self.steps // 2}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = np.arange(self.num_envs) % 4
+        return self._observe(), self._info()
+
+    def step(self, actions):
+        reset = self.steps == 4
+        self.steps = np.where(reset, 0, self.steps + 1)
+        reward, over = np.where(reset, 0.0, 3.0), self.steps == 4
+        return self._observe(), reward, over, np.zeros(self.num_envs, bool), self._info()
 
 
 class SameStep(Poison):
@@ -142,7 +259,9 @@ class SameStep(Poison):
 
 for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
-for cls in (Poison, SameStep):
+for cls in (Masked, MaskedByMethod, Parts, Bits, Picture, GreyPicture):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (Poison, SameStep, Lives):
     gym.register(id=f"test/{cls.__name__}-v0", vector_entry_point=cls)
 
 

@@ -133,11 +133,11 @@ def test_log_prob_and_entropy_equal_torch_distributions() -> None:
     agent, obs = make_agent("Acrobot-v1"), torch.randn(5, 7, 6)
     nn.init.normal_(agent.actor[-1].weight)
     actions = torch.randint(3, (5, 7))
-    log_probs, entropy = agent.log_prob_and_entropy(obs, actions)
+    log_probs, entropy, values = agent(obs, actions[..., None])
     oracle = torch.distributions.Categorical(logits=agent.actor(obs))
     torch.testing.assert_close(log_probs, oracle.log_prob(actions))
     torch.testing.assert_close(entropy, oracle.entropy())
-    assert agent.value(obs).shape == (5, 7)
+    assert values.shape == (5, 7) and torch.equal(values, agent.value(obs))
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -148,9 +148,9 @@ def test_the_numpy_policy_samples_from_the_policy(activation: str) -> None:
     probs = agent.actor(obs).softmax(-1).squeeze().detach().numpy()
     act, rows = agent.numpy_policy(), np.repeat(obs.numpy(), 100_000, axis=0)
     actions = act(rows, agent.noise(np.random.default_rng(0), 100_000))
-    np.testing.assert_allclose(np.bincount(actions, minlength=3) / 1e5, probs, atol=0.006)
+    np.testing.assert_allclose(np.bincount(actions[:, 0], minlength=3) / 1e5, probs, atol=0.006)
     many = torch.randn(100, 6)
-    assert (act(many.numpy(), 0.0) == agent.actor(many).argmax(-1).numpy()).all()
+    assert (act(many.numpy(), 0.0)[:, 0] == agent.actor(many).argmax(-1).numpy()).all()
 
 
 def test_initialisation() -> None:
@@ -162,7 +162,7 @@ def test_initialisation() -> None:
             w = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
             torch.testing.assert_close(w @ w.T, gain**2 * torch.eye(len(w)), atol=1e-5, rtol=1e-5)
             assert not layer.bias.any()
-    _, entropy = agent.log_prob_and_entropy(torch.randn(64, 4), torch.zeros(64, dtype=torch.long))
+    _, entropy, _ = agent(torch.randn(64, 4), torch.zeros(64, 1, dtype=torch.long))
     assert (entropy > np.log(2) - 1e-3).all()
 
 
@@ -232,7 +232,7 @@ def test_an_update_moves_the_parameters_as_in_stable_baselines3(monkeypatch, run
             eval_episodes=1,
         )
     )
-    _, obs, actions, (log_probs, _) = seen[0]
+    _, obs, actions, _, (log_probs, _) = seen[0]
     values, (advantages, returns) = gae_calls[0][1], gae_calls[0][-1]
     assert obs.shape == (T, N, 6) and not gae_calls[0][4].any()
 
@@ -262,7 +262,7 @@ def test_an_update_moves_the_parameters_as_in_stable_baselines3(monkeypatch, run
     buffer = type(model.rollout_buffer)(
         T, model.observation_space, model.action_space, device="cpu", n_envs=N
     )
-    buffer.observations, buffer.actions = obs.numpy(), actions.numpy()[..., None]
+    buffer.observations, buffer.actions = obs.numpy(), actions.numpy()
     buffer.values, buffer.log_probs = values.numpy(), log_probs.detach().numpy()
     buffer.advantages, buffer.returns = advantages.numpy(), returns.numpy()
     buffer.full = True
@@ -285,7 +285,7 @@ def test_reset_rows_reach_nothing(monkeypatch, run_dir) -> None:
     args = small(run_dir, env_id="test/Poison-v0", num_envs=3, num_steps=32, num_minibatches=2)
     agent, results = train(args)
     assert len(minibatches) == 13 * (1 + 20)  # the pass over all rows, 10 epochs of 2 minibatches
-    for row, (_, obs, actions, _) in enumerate(minibatches):
+    for row, (_, obs, actions, *_) in enumerate(minibatches):
         if row % 21:  # not the pass over all rows
             assert not (obs[:, 0] == MARK).any()
             assert actions.shape[0] in (35, 36, 37)  # three quarters of 96, halved

@@ -502,9 +502,11 @@ def test_the_compiled_gradient_is_the_eager_one(script, backend, tmp_path, monke
     vector = script.flatten_parameters(agent)
     compiled = script.compile_loss(agent, args, vector)
     for rows in (32, 31):
-        obs = torch.randn(rows, agent.obs_dim)
-        actions = torch.randint(2, (rows,)) if script is ppo_discrete else torch.randn(rows, 1)
-        batch = [obs, actions, *torch.randn(4, rows)]
+        obs = torch.randn(rows, len(agent.obs_moments.mean))
+        inputs = [obs, torch.randn(rows, 1)]
+        if script is ppo_discrete:
+            inputs = [obs, torch.randint(2, (rows, 1)), torch.zeros(rows, 1, 2)]
+        batch = [*inputs, *torch.randn(4, rows)]
         vector.grad.zero_()
         loss, *expected = script.ppo_loss(agent, args, batch, 1.0)
         loss.backward()
@@ -523,8 +525,9 @@ def test_a_compiled_run_samples_afresh_and_learns_the_same(tmp_path, monkeypatch
         args = small(ppo_discrete, tmp_path / name, compile=flag, total_timesteps=3 * 128)
         ppo_discrete.train(args)
         saved.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
-    eager, compiled = (x["processes"][0]["played"] for x in saved)  # (3, T, N)
+    eager, compiled = (x["processes"][0]["played"] for x in saved)  # (3, T, N, 1)
     assert torch.equal(eager, compiled)
-    assert len({tuple(row) for row in compiled.flatten(0, 1).tolist()}) > 8  # of 16 possible
+    rows = compiled.flatten(0, 1).flatten(1).tolist()
+    assert len({tuple(row) for row in rows}) > 8  # of 16 possible
     for parameter, other in zip(*(x["agent"].values() for x in saved)):
         torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
