@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 report() { "$python" benchmarks/report.py --table "quick/$1" "${@:2}"; }
-for work in cart-pole half-cheetah solve; do
+for work in cart-pole half-cheetah pong solve; do
     "$python" benchmarks/speed.py --quick --work "$work" "$@"
     report speed.csv --work "$work"
 done

@@ -63,7 +63,7 @@ class Args:
     script: str = "ppo_discrete.py"  # the script whose curves are drawn
     configs: tuple[str, ...] = ("default",)  # and its configurations, a colour each
     figure: str = ""  # the figure's name, by default the first environment's
-    work: str = "cart-pole"  # of speed.csv: cart-pole, half-cheetah or solve
+    work: str = "cart-pole"  # of speed.csv: cart-pole, half-cheetah, pong or solve
     threads: int = 1  # of speed.csv
     part: str = "environments"  # of scaling.csv
     pages: tuple[Path, ...] = ()  # pages whose tables are brought up to date, instead of printing

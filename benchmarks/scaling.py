@@ -7,6 +7,8 @@
 Parts:
     environments  CartPole over 1 to 4,096 environments: steps/s, seconds an update, and the floor
     profile       microseconds that each part of the loop takes, for each step of an environment
+    atari         steps/s of Pong's environments alone, and in the rollout with a policy that costs
+                  nothing
     gae           microseconds of `gae` and of other forms over T and N (benchmarks/advantages.py)
     rlhf          tokens/s of ppo_rlhf_toy.py's generation over batch and length, with its KV cache
                   and without
@@ -41,7 +43,7 @@ from run import RESULTS, append, commit, patched, read  # noqa: E402
 import ppo_continuous  # noqa: E402
 
 Quantities = dict[tuple[str, str], float]  # (line, column) of the part's table: value
-PARTS = ("environments", "profile", "gae", "rlhf")
+PARTS = ("environments", "profile", "atari", "gae", "rlhf")
 
 
 @dataclass
@@ -69,7 +71,7 @@ MARKS = {
     "        means = all_sum(share * torch.stack(losses).mean(0)).tolist()\n": "diagnostics",
 }
 ACTING = {
-    "ppo_discrete.py": "                actions[t] = act(obs[t], noise[t] + masks[t])\n",
+    "ppo_discrete.py": "                actions[t] = act(features[t], noise[t] + masks[t])\n",
     "ppo_continuous.py": "                actions[t] = act(obs[t], noise[t])\n",
 }
 STEPPED = {
@@ -171,10 +173,11 @@ class Profile:
         return self.environment + self.products
 
 
-def profiled(script: str, iterations: int, **flags: object) -> Profile:
-    """Train and take the time of each part of the loop, without the first two iterations.
+def timed_parts(module: ModuleType, iterations: int, args) -> dict[str, float]:
+    """Train and return the seconds of each part of an iteration, without the first two.
 
     The last is not counted either: no mark tells where its logging ends and the evaluation begins.
+    `module` is a script with profile_patches.
     """
     parts: dict[str, float] = dict.fromkeys(PARTS_OF_THE_LOOP, 0.0)
     last, begun = time.perf_counter(), 0
@@ -187,14 +190,46 @@ def profiled(script: str, iterations: int, **flags: object) -> Profile:
         begun += begin
         last = now
 
-    module = load(script, profile_patches(script))
     module.mark = mark
-    args = module.Args(eval_episodes=1, **flags)
     args.total_timesteps = iterations * args.batch_size
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args.run_dir = Path(folder, "run")
         module.train(args)
+    return parts
+
+
+def profiled(script: str, iterations: int, **flags: object) -> Profile:
+    """Train and take the time of each part of the loop."""
+    module = load(script, profile_patches(script))
+    args = module.Args(eval_episodes=1, **flags)
+    parts = timed_parts(module, iterations, args)
     return Profile(parts, args.batch_size, *floor(args))
+
+
+def atari(iterations: int) -> Quantities:
+    """Measure the rollout's steps/s on Pong with a policy that costs nothing, and the bare ones."""
+    module = load("ppo_discrete.py", profile_patches("ppo_discrete.py"))
+    limit = ("max_num_frames_per_episode=1000",)  # so that the evaluation is short
+    flags = module.PIXELS | {"hidden_size": 8, "update_epochs": 1, "eval_episodes": 1}
+    args = module.Args(env_id="ALE/Pong-v5", env_kwargs=limit, **flags)
+    envs = module.make_envs(args, args.num_envs)
+    still = np.zeros((args.num_envs, 1), int)
+    nothing = np.zeros((args.num_envs, args.hidden_size), np.float32)
+    module.Agent.see = lambda self, obs: nothing[: len(obs)]
+    module.Agent.numpy_policy = lambda self: lambda obs, noise: still[: len(obs)]
+    rows = (iterations - 3) * args.batch_size
+    parts = timed_parts(module, iterations, args)
+    rollout = args.batch_size / (parts["acting"] + parts["environment"])
+
+    envs.reset(seed=0)
+    start = time.perf_counter()
+    for _ in range(rows // args.num_envs):
+        envs.step(still[:, 0])
+    bare = rows / (time.perf_counter() - start)
+    envs.close()
+    quantities = {"environments alone": bare, "rollout": rollout}
+    lines = {("Pong, 8 environments", f"{k}, steps/s"): v for k, v in quantities.items()}
+    return lines | {("Pong, 8 environments", "rollout / alone"): rollout / bare}
 
 
 def environments(num_envs: int, num_steps: int = 128) -> Quantities:
@@ -267,6 +302,11 @@ def measurements(args: Args) -> Iterator[tuple[str, str, Callable[[], Quantities
                 continue
             few = max(4, iterations // 10) if quick else iterations
             yield "profile", name, partial(profile, name, script, few, **flags)
+    if "atari" in args.parts:
+        if importlib.util.find_spec("ale_py") is None:
+            print("left out: Pong, for ale-py is not installed", file=sys.stderr)
+        else:
+            yield "atari", "Pong, 8 environments", partial(atari, 4 if quick else 8)
     if "gae" in args.parts:
         for T in (128,) if quick else (32, 128, 512, 2048):
             for N in (4, 1024) if quick else (1, 4, 64, 1024, 4096):

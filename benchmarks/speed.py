@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                        # CartPole, eager and compiled
     python benchmarks/speed.py --work half-cheetah
+    python benchmarks/speed.py --work pong            # beside CleanRL alone
     python benchmarks/speed.py --work solve           # CartPole solved, from process start
     python benchmarks/speed.py --threads 2            # any of them on two cores
 
@@ -51,6 +52,13 @@ HALF_CHEETAH = Settings(  # CleanRL's defaults
     ent_coef=0.0,
     normalise=True,
 )
+PONG = Settings(  # CleanRL's defaults
+    env_id="ALE/Pong-v5",
+    total_timesteps=8_192,
+    num_envs=8,
+    clip_coef=0.1,
+    activation="relu",
+)
 SOLVE = Settings(  # our defaults
     total_timesteps=50_000,
     num_envs=32,
@@ -90,6 +98,12 @@ NO_GRAD = {
     )
     for name, method in (("policy", "get_action_and_value"), ("get_value", "get_value"))
 }
+# So did new names of wrappers, and games have to be registered.
+ATARI = {
+    "import gymnasium as gym\n": "import ale_py\nimport gymnasium as gym\n",
+    "gym.wrappers.GrayScaleObservation(env)": "gym.wrappers.GrayscaleObservation(env)",
+    "gym.wrappers.FrameStack(env, 4)": "gym.wrappers.FrameStackObservation(env, 4)",
+}
 WANDB = "wandb = __import__('types').SimpleNamespace(init=lambda **_: 0, log=lambda *_, **__: 0)"
 
 
@@ -97,7 +111,7 @@ WANDB = "wandb = __import__('types').SimpleNamespace(init=lambda **_: 0, log=lam
 class Args:
     """Measure ourselves and the peers in turn."""
 
-    work: Literal["cart-pole", "half-cheetah", "solve"] = "cart-pole"  # what is to be done
+    work: Literal["cart-pole", "half-cheetah", "pong", "solve"] = "cart-pole"  # what is to be done
     rounds: int = 5  # times that each contender is run, each with another seed
     threads: int = 1  # cores and PyTorch threads of each
     envs: Path = ROOT / ".venv-peers"  # a folder with an environment for each peer
@@ -126,7 +140,7 @@ class Contender:
 
 
 def ours(work: str, settings: Settings) -> list[Contender]:
-    discrete = settings.env_id == "CartPole-v1"
+    discrete = settings.env_id != HALF_CHEETAH.env_id
     script = ROOT / ("ppo_discrete.py" if discrete else "ppo_continuous.py")
     flags = ("--activation", settings.activation, "--num-threads", settings.threads)
     # Our default normalises advantages over the batch, the peers do it a minibatch at a time.
@@ -160,14 +174,16 @@ def packaged(args: Args, settings: Settings) -> list[Contender]:
 
 
 def cleanrl(args: Args, settings: Settings) -> Contender:
-    discrete = settings.env_id == "CartPole-v1"
-    name = "ppo.py" if discrete else "ppo_continuous_action.py"
+    names = {"cart-pole": "ppo.py", "solve": "ppo.py", "pong": "ppo_atari.py"}
+    name = names.get(args.work, "ppo_continuous_action.py")
     line = '        print("SPS:", int(global_step / (time.time() - start_time)))'
     policy = "lambda obs: agent.actor(torch.Tensor(obs)).argmax(-1).numpy()"
     patches = {line: f"{line}\n        common.tick(global_step, {policy})"}
     python, script = args.envs / "cleanrl" / "bin" / "python", args.cleanrl / "cleanrl" / name
-    patches |= {} if discrete else GYMNASIUM_1
-    remark = "" if settings.activation == "tanh" else "tanh"
+    patches |= {"half-cheetah": GYMNASIUM_1, "pong": ATARI}.get(args.work, {})
+    remark = "" if args.work == "pong" or settings.activation == "tanh" else "tanh"
+    if args.work == "pong":
+        settings = replace(settings, env_id="PongNoFrameskip-v4")  # it skips frames by itself
     found = Contender(f"CleanRL {name}", python, script, settings, (), patches, remark=remark)
     return replace(found, checkout=args.cleanrl)
 
@@ -200,15 +216,18 @@ def purejaxrl(args: Args, settings: Settings) -> Contender:
 
 def contenders(args: Args) -> list[Contender]:
     """Return all that can be run here; say which cannot."""
-    settings = {"cart-pole": CARTPOLE, "half-cheetah": HALF_CHEETAH, "solve": SOLVE}[args.work]
+    works = {"cart-pole": CARTPOLE, "half-cheetah": HALF_CHEETAH, "pong": PONG, "solve": SOLVE}
+    settings = works[args.work]
     if args.quick and args.work != "solve":
         settings = replace(settings, total_timesteps=max(4096, 4 * settings.batch_size))
     settings = replace(settings, threads=args.threads)
-    discrete = settings.env_id == "CartPole-v1"
-    found = ours(args.work, settings) + packaged(args, settings)
+    found = ours(args.work, settings)
+    found += packaged(args, settings) if args.work != "pong" else []
     found += [cleanrl(args, settings)] if args.cleanrl else []
-    found += leanrl(args, settings) if args.leanrl and not discrete else []
-    found += [purejaxrl(args, settings)] if args.purejaxrl and discrete else []
+    found += leanrl(args, settings) if args.leanrl and args.work == "half-cheetah" else []
+    found += (
+        [purejaxrl(args, settings)] if args.purejaxrl and settings.env_id == CARTPOLE.env_id else []
+    )
     if args.work == "solve" and not args.quick:  # each with the settings that it comes with, too
         zoo, its_own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
         own = packaged(args, zoo)[:1]
@@ -245,7 +264,7 @@ def run(contender: Contender, solve: bool = False, count: bool = False) -> tuple
         environment = os.environ | {
             "OMP_NUM_THREADS": str(s.threads),
             "OPENBLAS_NUM_THREADS": str(s.threads),
-            "PYTHONPATH": f"{PEERS}{os.pathsep}{ROOT}",
+            "PYTHONPATH": os.pathsep.join(map(str, (PEERS, ROOT, contender.checkout or ""))),
             # Nothing that an earlier run compiled.
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
         }

@@ -157,7 +157,7 @@ def test_the_cnn_is_that_of_the_paper() -> None:
     torch.testing.assert_close(values, agent.value(obs))
     noise = agent.noise(np.random.default_rng(0), 2)
     logits = agent.actor(features[0]).detach().numpy()[:, None]
-    acted = agent.numpy_policy()(obs[0].numpy(), noise)
+    acted = agent.numpy_policy()(agent.see(obs[0].numpy()), noise)
     assert (acted == (logits + noise).argmax(-1)).all()
 
 

@@ -6,6 +6,7 @@ or so, whether CartPole is solved, with the clock stopped. With BENCHMARK_COUNT 
 many environment steps and optimiser steps were done.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -123,12 +124,18 @@ def count_work() -> None:
     register_optimizer_step_post_hook(optimiser_stepped)
     count(cartpole.CartPoleEnv)
     count(cartpole.CartPoleVectorEnv)
-    try:
+    with contextlib.suppress(ImportError, gym.error.DependencyNotInstalled):
         from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 
         count(HalfCheetahEnv)
-    except (ImportError, gym.error.DependencyNotInstalled):
-        pass
+    with contextlib.suppress(ImportError):
+        from ale_py.vector_env import AtariVectorEnv
+
+        count(AtariVectorEnv)
+    with contextlib.suppress(ImportError):
+        from cleanrl_utils.atari_wrappers import ClipRewardEnv
+
+        count(ClipRewardEnv)
 
 
 if "BENCHMARK_COUNT" in os.environ:
