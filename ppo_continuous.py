@@ -193,7 +193,8 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
     space = envs.single_action_space
     if not isinstance(space, gym.spaces.Box):
-        other = ": use ppo_discrete.py" if isinstance(space, gym.spaces.Discrete) else ""
+        choices = gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary
+        other = ": use ppo_discrete.py" if isinstance(space, choices) else ""
         raise UserError(f"{flag} its actions are {space}, not Box{other}")
     if args.squash and not space.is_bounded():
         raise UserError(f"{flag} --squash needs bounded actions, these are {space}")

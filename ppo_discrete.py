@@ -235,7 +235,8 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
                 kwargs.pop("render_mode", None)
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        hint = ' (pip install "gymnasium[atari]")' if atari else ""
+        missing = atari and isinstance(error, ImportError)
+        hint = ' (pip install "gymnasium[atari]")' if missing else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
     space = envs.single_action_space
     if not parts(space):
@@ -642,7 +643,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
             raise UserError(f"{args.env_id} gave a NaN or infinity after step {run.global_step}")
         run.global_step += sum(gather([int(real.sum())]))
-        lost_life = args.life_loss & real & (lives[1:] < lives[:-1])
+        lost_life = args.life_loss & (lives[1:] < lives[:-1])
         pay = np.sign(rewards) if args.sign_rewards else rewards  # what is learned from
         episodes = []  # return and length of those that ended in this rollout
         for t in range(T):
@@ -1073,7 +1074,8 @@ def parse() -> Args:
     args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     folder = args.resume or args.evaluate
     if folder is None:
-        envs = make_envs(dataclasses.replace(args, vectorization_mode=None), 1)
+        mode = "sync" if args.vectorization_mode == "async" else args.vectorization_mode
+        envs = make_envs(dataclasses.replace(args, vectorization_mode=mode), 1)
         images = is_image(envs.single_observation_space, 1)
         envs.close()
         return tyro.cli(Args, default=Args(**PIXELS) if images else Args())

@@ -37,7 +37,7 @@ WRONG = {  # flags -> what the message must say
     "--device cuda": "--device cuda: PyTorch finds no CUDA device",
     "--env-id CartPol-v1": "Did you mean: `CartPole`",
     "--env-id CartPole-v9": "version `v9`",
-    "--env-id ALE/Nothing-v5": 'pip install "gymnasium[atari]"',
+    "--env-id nothing:Nothing-v5": "No module named 'nothing'",
     "--env-id Taxi-v3": "use `Taxi-v4`",
     "--env-id Pendulum-v1": "use ppo_continuous.py",
     "--env-id test/TwoActions-v0": "not Discrete",
@@ -80,6 +80,13 @@ def test_wrong_input_is_one_clear_line(monkeypatch, capsys, tmp_path, flags: str
     assert error.count("\n") == 1 and error.startswith("ppo_discrete.py: ")
     assert WRONG[flags] in error and output == ""
     assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_atari_that_is_not_installed_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py", None)  # importing it raises ImportError
+    assert run_main(monkeypatch, "--env-id ALE/Pong-v5") == 2
+    error = capsys.readouterr().err
+    assert 'pip install "gymnasium[atari]"' in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", PARSER)

@@ -227,6 +227,7 @@ def test_the_same_seed_gives_the_same_parameters_to_the_last_bit(run_dir) -> Non
     ("changes", "message"),
     [
         ({"env_id": "CartPole-v1"}, "use ppo_discrete.py"),
+        ({"env_id": "test/Parts-v0"}, "use ppo_discrete.py"),
         ({"env_id": "test/UnboundedTarget-v0", "squash": True}, "--squash needs bounded actions"),
         ({"learning_rate": 1e30}, "lower --learning-rate"),
         ({"ent_coef": 0.01}, "--ent-coef needs --log-std-fall None"),
