@@ -25,7 +25,7 @@ DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
 TASKS = [
     ("CartPole-v1", 50_000, DISCRETE, ""),
     ("Acrobot-v1", 250_000, DISCRETE, ""),
-    ("MountainCar-v0", 1_000_000, DISCRETE, ""),
+    ("MountainCar-v0", 1_000_000, DISCRETE, "--norm-obs --activation tanh"),
     ("LunarLander-v3", 1_000_000, DISCRETE, ""),
     ("Pendulum-v1", 150_000, CONTINUOUS, "--gamma 0.9 --activation relu --desired-kl None"),
 ]

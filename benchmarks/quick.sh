@@ -15,6 +15,8 @@ done
 for part in environments profile gae rlhf; do
     report scaling.csv --part "$part"
 done
+"$python" benchmarks/ablation.py --quick --processes 2
+report ablation.csv
 "$python" benchmarks/classic.py --quick --processes 2
 report classic.csv
 "$python" benchmarks/details.py --quick --processes 2

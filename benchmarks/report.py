@@ -22,12 +22,17 @@ import csv
 import json
 import re
 import shlex
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import ablation  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 # The best published PPO at 1M steps, of versions v2 to v4: T Tianshou (v3, 10 seeds, the maximum
@@ -90,16 +95,24 @@ def rows_of(lines: list[str], heads: list[str]) -> str:
     return "\n".join([f"| {titles} |", f"|{rule}|", *lines])
 
 
-def markdown(args: Args) -> str:
-    """Return the table that `args` ask for, of the form that its columns call for."""
+def lines_of(args: Args) -> list[dict]:
+    """Return the table's lines, the steps of the ablation in their order."""
     with open(RESULTS / args.table) as file:
         rows = list(csv.DictReader(file))
+    if Path(args.table).stem == "ablation":
+        rows.sort(key=lambda row: [*ablation.STEPS, ablation.DEFAULT].index(row["config"]))
+    return rows
+
+
+def markdown(args: Args) -> str:
+    """Return the table that `args` ask for, of the form that its columns call for."""
+    rows = lines_of(args)
     if "part" in rows[0]:
         text = scaling(rows, args.part)
     elif "contender" in rows[0]:
         rows = [r for r in rows if (r["work"], r["threads"]) == (args.work, str(args.threads))]
         text = solved(rows) if args.work == "solve" else speed(rows)
-    elif Path(args.table).stem == "details":
+    elif Path(args.table).stem in ("details", "ablation"):
         text = details(rows)
     else:
         text = seeds(rows)
@@ -189,11 +202,12 @@ def solved(rows: list[dict]) -> str:
 def wording(row: dict) -> str:
     """Return the settings of a line of speed.csv in words."""
     s = json.loads(row["settings"])
+    network = "Nature's CNN" if s["env_id"].startswith("ALE/") else f"{s['activation']} 64-64"
     normalised = ", observations and rewards normalised" if s["normalise"] else ""
     return (
         f"{s['env_id']}, {s['num_envs']} environments x {s['num_steps']} steps, "
-        f"{s['update_epochs']} epochs x {s['num_minibatches']} minibatches, {s['activation']} "
-        f"64-64, learning rate {s['learning_rate']:g} falling to 0, gamma {s['gamma']:g}, lambda "
+        f"{s['update_epochs']} epochs x {s['num_minibatches']} minibatches, {network}, "
+        f"learning rate {s['learning_rate']:g} falling to 0, gamma {s['gamma']:g}, lambda "
         f"{s['gae_lambda']:g}, clip {s['clip_coef']:g}{' falling to 0' * s['anneal_clip']}, "
         f"entropy {s['ent_coef']:g}, "
         f"value loss {'' if s['clip_vloss'] else 'not '}clipped{normalised}; {s['threads']} "
@@ -254,8 +268,7 @@ def details(rows: list[dict]) -> str:
 def draw_details(args: Args) -> Path:
     """Draw, for each task, what every change costs or gains, with its interval and its seeds."""
     plt = pyplot()
-    with open(RESULTS / args.table) as file:
-        rows = list(csv.DictReader(file))
+    rows = lines_of(args)
     scores = differences(rows)
     env_ids = list(dict.fromkeys(row["env_id"] for row in rows))
     size = (3.2 * len(env_ids) + 1, 0.28 * len(scores) + 1)

@@ -252,6 +252,15 @@ def test_a_game_of_atari(run_dir) -> None:
         assert torch.equal(p, q)
 
 
+@needs_atari
+def test_scores_of_atari_are_whole() -> None:
+    """A dot of Pac-Man's is worth 10, which ale-py alone would make 1."""
+    envs = make_envs(Args(env_id="ALE/MsPacman-v5"), 1)
+    envs.reset(seed=0)
+    rewards = [envs.step(np.array([action]))[1][0] for action in [0] * 70 + [3] * 30]
+    assert max(rewards) == 10.0
+
+
 def test_norm_obs_is_not_for_images(run_dir) -> None:
     pytest.importorskip("cv2")
     with pytest.raises(UserError, match="--norm-obs: images are divided by 255"):

@@ -1,0 +1,72 @@
+"""From the faithful configuration of ppo_continuous.py to its default, one change at a time.
+
+    python benchmarks/ablation.py --processes 2                            # lines of ablation.csv
+    python benchmarks/report.py --table ablation.csv --figure ablation     # the table, the figure
+
+Each line keeps the changes of those above it. The last one is the default: its runs are taken from
+continuous.csv where they stand there. Runs that stand in the table already are not done again.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from run import RESULTS, Job, append, read, run_all  # noqa: E402
+
+SCRIPT = "ppo_continuous.py"
+STEPS = {  # what is changed, and the flags that do it
+    "faithful": "--config faithful",
+    "8 environments x 256 steps": "--num-envs 8 --num-steps 256",
+    "advantages recomputed before each epoch": "--recompute-advantages",
+    "value loss not clipped": "--no-clip-vloss",
+    "minibatches of 256, learning rate by the KL": (
+        "--num-minibatches 8 --learning-rate 1e-3 --desired-kl 0.025"
+    ),
+    "discount 0.995": "--gamma 0.995",
+}
+DEFAULT = "default"  # and then noise of length 1 that falls, in units of the action box
+
+
+@dataclass
+class Args:
+    """Run the steps from faithful to default."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Walker2d-v5")
+    processes: int = 1  # runs at a time, each on a core of its own
+    quick: bool = False  # Pendulum, 1 seed, 10,000 steps, to results/quick/
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    seeds, env_ids, more, table = args.seeds, args.env_ids, "", RESULTS / "ablation.csv"
+    if args.quick:
+        seeds, env_ids, table = (1,), ("Pendulum-v1",), RESULTS / "quick" / "ablation.csv"
+        more = "--total-timesteps 10000"
+    flags, steps = more, {}
+    for name, change in STEPS.items():
+        flags = f"{flags} {change}".strip()
+        steps[name] = flags
+    steps[DEFAULT] = more
+    there = {(row["env_id"], row["config"], row["seed"]) for row in read(table)}
+    for row in read(RESULTS / "continuous.csv") if not args.quick else []:
+        wanted = row["env_id"] in env_ids and row["seed"] in map(str, seeds)
+        key = row["env_id"], row["config"], row["seed"]
+        if row["config"] == DEFAULT and wanted and key not in there:
+            append(table, row)
+    jobs = [
+        Job(SCRIPT, env_id, name, seed, steps[name])
+        for seed in seeds
+        for env_id in env_ids
+        for name in steps
+    ]
+    run_all(jobs, table, args.processes)
+
+
+if __name__ == "__main__":
+    main()
