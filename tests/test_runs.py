@@ -330,6 +330,20 @@ def test_a_longer_run_goes_on_from_a_complete_one(tmp_path, monkeypatch, capsys)
     assert len(read_metrics(tmp_path / "run")) == 15
 
 
+@both
+def test_a_file_is_the_old_one_until_it_is_the_whole_new_one(script, tmp_path, monkeypatch) -> None:
+    """A power cut just before the renaming leaves what was there."""
+    script.write(tmp_path / "file.pt", b"old")
+
+    def power_cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.os, "replace", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        script.write(tmp_path / "file.pt", b"new")
+    assert (tmp_path / "file.pt").read_bytes() == b"old"
+
+
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, capsys
 ) -> None:
@@ -429,10 +443,14 @@ def torchrun(tmp_path: Path, script, processes: int, **flags) -> list[dict[str, 
     return [torch.load(f"{out}{rank}", weights_only=True) for rank in range(processes)]
 
 
-@both
-def test_two_processes_do_what_one_does_with_the_joined_batch(script, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("script", "env"),
+    # Poison's episodes end in different rows; in the others the processes see different numbers.
+    [(ppo_discrete, "Poison"), (ppo_discrete, "Identity"), (ppo_continuous, "Target")],
+)
+def test_two_processes_do_what_one_does_with_the_joined_batch(script, env, tmp_path) -> None:
     """One minibatch is the whole batch, so that its rows need not be shuffled in the same order."""
-    flags = dict(env_id="test/Poison-v0" if script is ppo_discrete else "test/Target-v0")
+    flags = dict(env_id=f"test/{env}-v0")
     flags |= dict(num_envs=6, num_steps=32, num_minibatches=1, update_epochs=1, eval_episodes=2)
     flags |= dict(norm_adv="minibatch", total_timesteps=192)
     (alone,) = torchrun(tmp_path, script, 1, **flags)

@@ -186,6 +186,22 @@ def test_learns_from_pictures(run_dir, monkeypatch) -> None:
     assert calls[0][1].dtype == torch.uint8 and calls[0][1].shape[1:] == (4, 84, 84)
 
 
+@needs_opencv
+def test_the_features_kept_from_the_rollout_are_those_of_all_its_images(
+    run_dir, monkeypatch
+) -> None:
+    agents, critique, seen = spy(monkeypatch, "flatten_parameters"), ppo_discrete.critique, []
+
+    def checked(args, values, rollout):
+        seen.append(values)
+        torch.testing.assert_close(values, agents[0][0].value(rollout[0]).detach())
+        return critique(args, values, rollout)
+
+    monkeypatch.setattr(ppo_discrete, "critique", checked)
+    train(pixels(run_dir, env_id="test/Picture-v0"))
+    assert len(seen) == 2 and seen[0].shape == (17, 2)
+
+
 def test_rewards_are_made_signs_and_a_lost_life_an_end_for_the_advantages_only(
     run_dir, monkeypatch
 ) -> None:
