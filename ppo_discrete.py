@@ -200,7 +200,7 @@ def prepare(env: Any) -> Any:
     return env
 
 
-def parts(space: gym.Space) -> list[int]:
+def count_choices(space: gym.Space) -> list[int]:
     """Return the number of choices of each of the K parts of an action, none if it has others."""
     if isinstance(space, gym.spaces.Discrete):
         return [int(space.n)]
@@ -239,7 +239,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
     space = envs.single_action_space
-    if not parts(space):
+    if not count_choices(space):
         other = ": use ppo_continuous.py" if isinstance(space, gym.spaces.Box) else ""
         raise UserError(f"{flag} its actions are {space}, not Discrete{other}")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -321,7 +321,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, envs: gym.vector.VectorEnv):
         super().__init__()
         self.action_space = envs.single_action_space
-        numbers = np.array(parts(self.action_space))
+        numbers = np.array(count_choices(self.action_space))
         self.choices = (len(numbers), int(numbers.max()))  # K, A
         self.exists = np.arange(self.choices[1]) < numbers[:, None]  # (K, A)
         self.no_mask = np.where(self.exists, 0.0, -1e9).astype(np.float32)
