@@ -54,8 +54,9 @@ def beside(match: re.Match, page: str) -> str:
     indent = min(len(line) - len(line.lstrip()) for line in body if line.strip())
     body = [line[indent:] for line in body]
     way = f"{site_path(file, page)}#L-{first}"
+    words = f"第 {first} 至 {last} 行" if page.startswith("zh/") else f"lines {first} to {last}"
     return (
-        f"[`{file}`, lines {first} to {last}]({way}){{ .where }}\n\n"
+        f"[`{file}`, {words}]({way}){{ .where }}\n\n"
         f'```python linenums="{first}"\n' + "\n".join(body) + "\n```\n"
     )
 

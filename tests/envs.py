@@ -220,6 +220,18 @@ class GreyPicture(Picture):
     observation_space = Box(0, 255, (42, 60), np.uint8)
 
 
+class OneChannelPicture(Picture):
+    """The same with an axis for its one channel."""
+
+    observation_space = Box(0, 255, (42, 60, 1), np.uint8)
+
+
+class FourChannelPicture(Picture):
+    """The same with transparency, which is no picture that can be made grey."""
+
+    observation_space = Box(0, 255, (42, 60, 4), np.uint8)
+
+
 class Lives(gym.vector.VectorEnv):
     """One game after another of 4 steps, worth 3 each; after two of them one of two lives is lost.
 
@@ -259,7 +271,9 @@ class SameStep(Poison):
 
 for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
-for cls in (Masked, MaskedByMethod, Parts, Bits, Picture, GreyPicture):
+for cls in (Masked, MaskedByMethod, Parts, Bits):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (Picture, GreyPicture, OneChannelPicture, FourChannelPicture):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Poison, SameStep, Lives):
     gym.register(id=f"test/{cls.__name__}-v0", vector_entry_point=cls)
