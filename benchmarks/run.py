@@ -4,6 +4,7 @@
     python benchmarks/run.py --env-ids CartPole-v1 --seeds 1 --config x --flags="--ent-coef 0.1"
 
 Runs that stand in the table already are not done again, so an interrupted call is just repeated.
+With `--runs FOLDER` a run that was interrupted itself goes on from its checkpoint.
 """
 
 import csv
@@ -40,6 +41,7 @@ class Args:
     flags: str = ""  # further flags of the script
     table: str = "runs.csv"  # the table's file in benchmarks/results/
     processes: int = 1  # runs at a time, each on a core of its own
+    runs: Path | None = None  # keep the runs' folders here; without it they are temporary
 
 
 @dataclass
@@ -56,6 +58,12 @@ class Job:
     @property
     def key(self) -> tuple[str, ...]:
         return self.script, self.env_id, self.config, str(self.seed)
+
+    @property
+    def name(self) -> str:
+        """Return the key as the name of a file or a folder."""
+        parts = Path(self.script).stem, self.env_id, self.config, str(self.seed)
+        return "__".join(parts).replace("/", "-")
 
 
 def patched(source: str, patches: dict[str, str]) -> str:
@@ -94,12 +102,19 @@ def commit(folder: Path = ROOT) -> str:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip()
 
 
-def one_run(job: Job, core: int, curves: Path | None) -> dict:
+def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) -> dict:
     """Train in a process of its own, on one core with one thread; return the table's line."""
     with tempfile.TemporaryDirectory() as folder:
+        if runs is not None:
+            folder = str(runs / job.name)
+        resumed = Path(folder, "checkpoint.pt").exists()
         pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
-        command = [*pin, sys.executable, str(job.path or ROOT / job.script), "--env-id", job.env_id]
-        command += ["--seed", str(job.seed), "--run-dir", folder, *shlex.split(job.flags)]
+        command = [*pin, sys.executable, str(job.path or ROOT / job.script)]
+        if resumed:
+            command += ["--resume", folder]
+        else:
+            command += ["--env-id", job.env_id, "--seed", str(job.seed), "--run-dir", folder]
+            command += shlex.split(job.flags)
         start = time.perf_counter()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -107,10 +122,9 @@ def one_run(job: Job, core: int, curves: Path | None) -> dict:
         results = json.loads((Path(folder) / "results.json").read_text())
         rows = [row for row in read(Path(folder) / "metrics.csv") if row[CURVE[1]] != "nan"]
     if curves is not None:
-        name = f"{Path(job.script).stem}__{job.env_id}__{job.config}__{job.seed}.csv"
         curve = [[int(row[CURVE[0]]), round(float(row[CURVE[1]]), 2)] for row in rows]
         curves.mkdir(parents=True, exist_ok=True)
-        with open(curves / name.replace("/", "-"), "w", newline="") as file:
+        with open(curves / f"{job.name}.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(
                 [["global_step", "episodic_return"], *curve]
             )
@@ -127,7 +141,8 @@ def one_run(job: Job, core: int, curves: Path | None) -> dict:
         "eval_episodes": results["eval_episodes"],
         "train_return": round(last_100, 3) if last_100 is not None else "",
         "sps": results["sps"],
-        "process_seconds": round(seconds, 2),  # from its start to its exit, imports included
+        # From its start to its exit, imports included.
+        "process_seconds": "" if resumed else round(seconds, 2),
         "flags": job.flags,
         "torch": version("torch"),
         "gymnasium": version("gymnasium"),
@@ -136,7 +151,9 @@ def one_run(job: Job, core: int, curves: Path | None) -> dict:
     }
 
 
-def run_all(jobs: list[Job], table: Path, processes: int, curves: bool = True) -> None:
+def run_all(
+    jobs: list[Job], table: Path, processes: int, curves: bool = True, runs: Path | None = None
+) -> None:
     """Run those that are not in the table yet, at most `processes` at a time.
 
     Curves go to a folder beside the table. A run that fails leaves no line, does not stop the
@@ -150,7 +167,7 @@ def run_all(jobs: list[Job], table: Path, processes: int, curves: bool = True) -
     def work(job: Job) -> dict:
         core = cores.get()
         try:
-            return one_run(job, core, table.parent / "curves" if curves else None)
+            return one_run(job, core, table.parent / "curves" if curves else None, runs)
         finally:
             cores.put(core)
 
@@ -178,7 +195,7 @@ def main() -> None:
         for seed in args.seeds
         for env_id in args.env_ids
     ]
-    run_all(jobs, RESULTS / args.table, args.processes)
+    run_all(jobs, RESULTS / args.table, args.processes, runs=args.runs)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What the figures rest on: the statistics, the patches, and tables that resume."""
 
 import csv
+import dataclasses
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +134,7 @@ def test_a_table_resumes_and_a_failed_run_leaves_no_line(
 ) -> None:
     ran = []
 
-    def one_run(job: run.Job, core: int, curves: Path | None) -> dict:
+    def one_run(job: run.Job, core: int, curves: Path | None, runs: Path | None) -> dict:
         ran.append(job.seed)
         if job.seed == 2 and ran.count(2) == 1:
             raise subprocess.CalledProcessError(2, "python")
@@ -148,6 +150,24 @@ def test_a_table_resumes_and_a_failed_run_leaves_no_line(
     run.run_all(jobs, table, 1)
     assert ran == [1, 2, 3, 2]
     assert [row["seed"] for row in run.read(table)] == ["1", "3", "2"]
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    flags = "--num-envs 2 --num-steps 16 --eval-episodes 1 --checkpoint-every 2"
+    job = run.Job("ppo_discrete.py", "CartPole-v1", "x", 1, flags + " --total-timesteps 320")
+    whole = run.one_run(job, 0, tmp_path / "whole")
+
+    folder = tmp_path / "runs" / job.name
+    args = ppo_discrete.Args(num_envs=2, num_steps=16, eval_episodes=1, total_timesteps=320)
+    stop = threading.Event()
+    stop.set()  # after its first iteration
+    ppo_discrete.train(dataclasses.replace(args, run_dir=folder), stop)
+    assert len(run.read(folder / "metrics.csv")) == 1
+    line = run.one_run(job, 0, tmp_path / "resumed", tmp_path / "runs")
+    timings = {"sps": 0, "process_seconds": 0}
+    assert line | timings == whole | timings and line["process_seconds"] == ""
+    curves = [(tmp_path / name / f"{job.name}.csv").read_text() for name in ("whole", "resumed")]
+    assert curves[0] == curves[1]
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
