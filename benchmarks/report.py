@@ -70,7 +70,7 @@ class Args:
     figure: str = ""  # the figure's name, by default the first environment's
     work: str = "cart-pole"  # of speed.csv: cart-pole, half-cheetah, pong or solve
     threads: int = 1  # of speed.csv
-    part: str = "environments"  # of scaling.csv
+    part: str = "environments"  # of scaling.csv; of rlhf.csv the task: reviews, arithmetic
     pages: tuple[Path, ...] = ()  # pages whose tables are brought up to date, instead of printing
 
 
@@ -109,6 +109,8 @@ def markdown(args: Args) -> str:
     rows = lines_of(args)
     if "part" in rows[0]:
         text = scaling(rows, args.part)
+    elif "task" in rows[0]:
+        text = rlhf(rows, args.part)
     elif "contender" in rows[0]:
         rows = [r for r in rows if (r["work"], r["threads"]) == (args.work, str(args.threads))]
         text = solved(rows) if args.work == "solve" else speed(rows)
@@ -230,6 +232,37 @@ def scaling(rows: list[dict], part: str) -> str:
 
     lines = [f"| {c} | {' | '.join(cell(c, q) for q in quantities)} |" for c in cases]
     return rows_of(lines, [":", *quantities])
+
+
+def rlhf(rows: list[dict], task: str) -> str:
+    """Return a line a run of the task: seeds at the default beta and, of reviews, without a KL."""
+    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}[task]
+    rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas]
+    rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
+    columns = {
+        "reviews": {
+            "reward model, accuracy": "rm_accuracy",
+            "gold, SFT": "sft_gold",
+            "gold, PPO": "gold",
+            "grammatical": "grammatical",
+            "proxy": "proxy",
+            "KL, nats": "kl",
+            "share of the optimum": "optimum_share",
+        },
+        "arithmetic": {
+            "sampled accuracy, SFT": "sft_accuracy",
+            "PPO": "accuracy",
+            "greedy accuracy, SFT": "sft_greedy_accuracy",
+            "PPO ": "greedy_accuracy",
+        },
+    }[task]
+    lines = []
+    for row in rows:
+        cells = [f"{float(row[c]):.3f}" if row[c] else "-" for c in columns.values()]
+        beta = f" {float(row['kl_coef']):g} |" if len(betas) > 1 else ""
+        lines.append(f"| {row['seed']} |{beta} {' | '.join(cells)} |")
+    heads = [":seed", *(["beta"] if len(betas) > 1 else []), *(c.strip() for c in columns)]
+    return rows_of(lines, heads)
 
 
 def differences(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:

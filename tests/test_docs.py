@@ -55,7 +55,7 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 # ---- Links and code ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NAMES, "index.md"])
+@pytest.mark.parametrize("name", [*NAMES, "index.md", "../README.md", "../README.zh.md"])
 def test_links_resolve(name: str) -> None:
     page = DOCS / name
     for _, _, target in lines["LINK"].findall(prose(page)):
@@ -407,23 +407,31 @@ def test_all_details_are_mapped() -> None:
 # ---- Languages ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if (DOCS / "zh").is_dir()])
+TWINS = {n: n.replace("en/", "zh/") for n in NAMES if n.startswith("en/")}
+TWINS |= {"../README.md": "../README.zh.md"}
+
+
+def test_both_languages_have_the_same_pages() -> None:
+    assert set(NAMES) == (TWINS.keys() | TWINS.values()) - {"../README.md", "../README.zh.md"}
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_both_languages_say_the_same(name: str) -> None:
-    """The same pages, headings, markers, links, formulas, blocks and table rows."""
+    """The same headings, markers, links, formulas, blocks and table rows."""
 
     def skeleton(page: Path) -> list:
         text = page.read_text()
+        targets = [target.partition("#")[0] for *_, target in lines["LINK"].findall(prose(page))]
         return [
             re.findall(r"^#+ ", prose(page), re.MULTILINE),
             lines["MARKER"].findall(text),
-            [target.partition("#")[0] for _, _, target in lines["LINK"].findall(prose(page))],
+            [t.replace("/zh/", "/en/").replace("README.zh.md", "README.md") for t in targets],
             len(re.findall(r"^\$\$$", text, re.MULTILINE)),
-            [body for _, kind, body in blocks(page) if kind in ("sh", "diff")],
+            [body for _, kind, body in blocks(page) if kind in ("sh", "diff", "")],
             len(re.findall(r"^\|", text, re.MULTILINE)),
         ]
 
-    other = DOCS / ("zh" if name.startswith("en/") else "en") / Path(name).name
-    assert skeleton(DOCS / name) == skeleton(other)
+    assert skeleton(DOCS / name) == skeleton(DOCS / TWINS[name])
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("zh/")])
