@@ -27,6 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lines import CODE, LINK, MARKER, ROOT, select, source
 
 HEADING = re.compile(r"^#{1,6} ")
+# A new line that is no space: between Chinese characters, or after Chinese punctuation.
+NO_SPACE = re.compile(
+    "(?<=[\u3400-\u9fff])\n(?=[\u3000-\u9fff\uff00-\uffef])|(?<=[\u3000-\u303f\uff00-\uffef])\n"
+)
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
 
@@ -181,6 +185,8 @@ def formula(match: re.Match, display: str) -> str:
 
 
 def on_page_content(content, page, config, files):
+    """Turn formulas into MathML, and join lines of Chinese."""
+    content = NO_SPACE.sub("", content)
     content = re.sub(
         r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>',
         functools.partial(formula, display="block"),
@@ -212,3 +218,8 @@ def on_page_context(context, page, config, nav):
     ]
     context["nav"] = own if own.items else nav
     return context
+
+
+def on_post_page(output, page, config):
+    """Drop the heads' links to the other languages: the theme would look for a sitemap at each."""
+    return re.sub(r'\s*<link rel="alternate" [^>]*hreflang[^>]*>', "", output)

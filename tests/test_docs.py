@@ -319,6 +319,7 @@ def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text()
         for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", text):
+            assert 'rel="alternate"' not in tag, "the theme fetches a sitemap that is not there"
             if 'rel="canonical"' not in tag:
                 assert "//" not in "".join(re.findall(r'(?:src|href)="([^"]*)"', tag)), tag
     css = "".join(path.read_text() for path in site.rglob("*.css"))
