@@ -209,32 +209,13 @@ def answer_table() -> str:
     return "\n".join(lines)
 
 
-def effects_table(path: Path) -> str:
-    """Return a row an ablation and environment: its score beside that of the config "default"."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            of_config = scores.setdefault(row["config"], {})
-            of_config.setdefault(row["env_id"], []).append(float(row["eval_mean"]))
-    lines = ["| switched off | environment | seeds | score | default |", "|---|---|---:|---:|---:|"]
-    for config, of_env in scores.items():
-        for env_id, x in of_env.items():
-            base = scores["default"][env_id]
-            cells = [f"{np.mean(y):,.1f} ± {np.std(y):,.1f}" for y in (x, base)]
-            if config != "default":
-                lines.append(f"| {config} | {env_id} | {len(x)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def tables() -> dict[str, str]:
     """Return the tables that pages hold, by name, from the committed data."""
     gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
-    effects = ROOT / "benchmarks" / "results" / "ablations.csv"
     return {
         "ranges": gallery["ranges"](),
         "outcomes": gallery["outcomes"](),
         "answer": answer_table(),
-        "effects": effects_table(effects) if effects.exists() else "*None committed yet.*",
     }
 
 
