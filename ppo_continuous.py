@@ -345,7 +345,7 @@ class Agent(nn.Module):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Return one vector (P,) of which all parameters of `module` become views; gradients likewise.
+    """Return one vector of which all parameters of `module` become views; gradients likewise.
 
     Clipping and Adam then take one kernel each, not one a tensor: a tenth of a small run's time.
     """

@@ -12,7 +12,7 @@ One iteration of `train`:
     [3] Update      K epochs of shuffled minibatches on the clipped surrogate and the value loss
     [4] Log         means over the iteration, to TensorBoard, metrics.csv and the terminal
 
-Shapes: T num_steps, N num_envs, D observation size (of images: 4, 84, 84), K parts of an action (1
+Shapes: T num_steps, N num_envs, D observation size (of images: 4, 84, 84), P parts of an action (1
 but for MultiDiscrete), A choices of a part, B real rows of a batch, M rows of a minibatch.
 Episodes restart one step late (Gymnasium's NEXT_STEP autoreset): if one ends in row t, then
 obs[t+1] is its true last observation, row t+1 is the reset (its action is ignored: it is no
@@ -204,7 +204,7 @@ def prepare(env: Any) -> Any:
 
 
 def count_choices(space: gym.Space) -> list[int]:
-    """Return the number of choices of each of the K parts of an action, none if it has others."""
+    """Return the number of choices of each of the P parts of an action, none if it has others."""
     if isinstance(space, gym.spaces.Discrete):
         return [int(space.n)]
     if isinstance(space, gym.spaces.MultiDiscrete):
@@ -325,8 +325,8 @@ class Agent(nn.Module):
         super().__init__()
         self.action_space = envs.single_action_space
         numbers = np.array(count_choices(self.action_space))
-        self.choices = (len(numbers), int(numbers.max()))  # K, A
-        self.exists = np.arange(self.choices[1]) < numbers[:, None]  # (K, A)
+        self.choices = (len(numbers), int(numbers.max()))  # P, A
+        self.exists = np.arange(self.choices[1]) < numbers[:, None]  # (P, A)
         self.no_mask = np.where(self.exists, 0.0, -1e9).astype(np.float32)
         self.obs_shape = envs.single_observation_space.shape or ()
         self.sees_images = len(self.obs_shape) == 3
@@ -344,11 +344,11 @@ class Agent(nn.Module):
         self.norm_obs, self.norm_reward = args.norm_obs, args.norm_reward
 
     def noise(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
-        """Draw the noise (*shape, K, A) with which the policy samples."""
+        """Draw the noise (*shape, P, A) with which the policy samples."""
         return rng.gumbel(size=(*shape, *self.choices))
 
     def masks(self, info: dict, done: np.ndarray) -> np.ndarray:
-        """Return what is added to logits (N, K, A): 0 for a legal choice, -1e9 for another.
+        """Return what is added to logits (N, P, A): 0 for a legal choice, -1e9 for another.
 
         `info["action_mask"]`, if there, says what is legal, a number for each choice of each part.
         Where an episode has ended the action is ignored, and all is. Raises `UserError` if nothing
@@ -394,7 +394,7 @@ class Agent(nn.Module):
             return self.trunk(torch.as_tensor(obs, device=device)).cpu().numpy()
 
     def numpy_policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """Return the present policy: from what `see` gives and noise (N, K, A) to actions (N, K).
+        """Return the present policy: from what `see` gives and noise (N, P, A) to actions (N, P).
 
         argmax(logits + Gumbel noise) is a sample from softmax(logits); noise 0 gives the mode.
         With the masks added to the noise no illegal action comes out.
@@ -418,7 +418,7 @@ class Agent(nn.Module):
         return act
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Return actions (N, K), counted from 0, as the environment counts and shapes them."""
+        """Return actions (N, P), counted from 0, as the environment counts and shapes them."""
         space = self.action_space
         actions = actions.reshape(-1, *(space.shape or ())) + getattr(space, "start", 0)
         return actions.astype(space.dtype)
@@ -426,13 +426,13 @@ class Agent(nn.Module):
     def log_prob_and_entropy(
         self, features: Tensor, actions: Tensor, masks: Tensor | float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Return log pi(a|s) and the policy's entropy in nats, both (...), of actions (..., K).
+        """Return log pi(a|s) and the policy's entropy in nats, both (...), of actions (..., P).
 
         The parts of an action are independent, so that their logs and entropies add (detail 37).
         A masked choice has probability 0 exactly, and its logit no gradient.
         """
         logits = self.actor(features).unflatten(-1, self.choices) + masks
-        log_pi = F.log_softmax(logits, dim=-1)  # (..., K, A)
+        log_pi = F.log_softmax(logits, dim=-1)  # (..., P, A)
         log_probs = log_pi.gather(-1, actions.unsqueeze(-1)).sum((-2, -1))
         return log_probs, -(log_pi.exp() * log_pi).sum((-2, -1))
 
@@ -450,7 +450,7 @@ class Agent(nn.Module):
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Return one vector (P,) of which all parameters of `module` become views; gradients likewise.
+    """Return one vector of which all parameters of `module` become views; gradients likewise.
 
     Clipping and Adam then take one kernel each, not one a tensor: a tenth of a small run's time.
     """
