@@ -212,7 +212,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
         linear = nn.Linear(size, next_size)
         nn.init.orthogonal_(linear.weight, 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU() if activation == "relu" else nn.Tanh()]
+        layers += [linear, nn.ReLU(inplace=True) if activation == "relu" else nn.Tanh()]
     nn.init.orthogonal_(linear.weight, head_gain)
     return nn.Sequential(*layers[:-1])
 
