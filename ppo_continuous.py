@@ -117,8 +117,8 @@ class Args:
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
     norm_obs: bool = True  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
-    # Log standard deviation of the first policy. Default: -ln(max(A, 3)) / 2, noise of length 1 over
-    # all A actions, so that the more joints a robot has, the less noise there is in each.
+    # Log standard deviation of the first policy. Default: -ln(max(A, 3)) / 2, noise of length 1
+    # over all A actions: the more joints a robot has, the less noise there is in each.
     log_std_init: float | None = None
     # By how much it falls, linearly, as in PPO's table 4; None lets the gradient choose it.
     log_std_fall: float | None = 1.5
