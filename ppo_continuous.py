@@ -118,7 +118,7 @@ class Args:
     norm_obs: bool = True  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
     # Log standard deviation of the first policy. Default: -ln(max(A, 3)) / 2, noise of length 1
-    # over all A actions: the more joints a robot has, the less noise there is in each.
+    # over all A actions, less for A < 3: the more joints a robot has, the less noise in each.
     log_std_init: float | None = None
     # By how much it falls, linearly, as in PPO's table 4; None lets the gradient choose it.
     log_std_fall: float | None = 1.5
@@ -261,7 +261,7 @@ class Agent(nn.Module):
         # The small head makes the first policy almost the same in every state.
         self.actor = mlp(*sizes, self.num_actions, activation=args.activation, head_gain=0.01)
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
-        default = -0.5 * math.log(max(self.num_actions, 3))  # one or two stay in the box
+        default = -0.5 * math.log(max(self.num_actions, 3))  # a std of 1 would fill the box
         self.log_std_init = default if args.log_std_init is None else args.log_std_init
         log_std = torch.full((self.num_actions,), self.log_std_init)
         self.log_std = nn.Parameter(log_std) if args.log_std_fall is None else nn.Buffer(log_std)

@@ -241,28 +241,27 @@ def rlhf(rows: list[dict], task: str) -> str:
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
     columns = {
         "reviews": {
-            "reward model, accuracy": "rm_accuracy",
-            "gold, SFT": "sft_gold",
-            "gold, PPO": "gold",
+            "rm_accuracy": "reward model, accuracy",
+            "sft_gold": "gold, SFT",
+            "gold": "gold, PPO",
             "grammatical": "grammatical",
             "proxy": "proxy",
-            "KL, nats": "kl",
-            "share of the optimum": "optimum_share",
+            "kl": "KL, nats",
+            "optimum_share": "share of the optimum",
         },
         "arithmetic": {
-            "sampled accuracy, SFT": "sft_accuracy",
-            "PPO": "accuracy",
-            "greedy accuracy, SFT": "sft_greedy_accuracy",
-            "PPO ": "greedy_accuracy",
+            "sft_accuracy": "sampled accuracy, SFT",
+            "accuracy": "PPO",
+            "sft_greedy_accuracy": "greedy accuracy, SFT",
+            "greedy_accuracy": "PPO",
         },
     }[task]
     lines = []
     for row in rows:
-        cells = [f"{float(row[c]):.3f}" if row[c] else "-" for c in columns.values()]
+        cells = [f"{float(row[c]):.3f}" if row[c] else "-" for c in columns]
         beta = f" {float(row['kl_coef']):g} |" if len(betas) > 1 else ""
         lines.append(f"| {row['seed']} |{beta} {' | '.join(cells)} |")
-    heads = [":seed", *(["beta"] if len(betas) > 1 else []), *(c.strip() for c in columns)]
-    return rows_of(lines, heads)
+    return rows_of(lines, [":seed", *(["beta"] if len(betas) > 1 else []), *columns.values()])
 
 
 def differences(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:

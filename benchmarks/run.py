@@ -108,6 +108,8 @@ def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) 
         if runs is not None:
             folder = str(runs / job.name)
         resumed = Path(folder, "checkpoint.pt").exists()
+        if not resumed:  # what a run left that was killed before its first checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
         pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
         command = [*pin, sys.executable, str(job.path or ROOT / job.script)]
         if resumed:

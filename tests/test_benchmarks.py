@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -158,6 +159,11 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     whole = run.one_run(job, 0, tmp_path / "whole")
 
     folder = tmp_path / "runs" / job.name
+    folder.mkdir(parents=True)
+    (folder / "args.json").touch()  # killed before its first checkpoint: done anew
+    assert run.one_run(job, 0, None, tmp_path / "runs")["global_step"] == whole["global_step"]
+
+    shutil.rmtree(folder)
     args = ppo_discrete.Args(num_envs=2, num_steps=16, eval_episodes=1, total_timesteps=320)
     stop = threading.Event()
     stop.set()  # after its first iteration

@@ -326,6 +326,15 @@ def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
     assert not re.findall(r"url\(['\"]?(?:https?:)?//", css)
 
 
+def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
+    for page in (site / "zh").glob("*.html"):
+        split = re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u3400-\u9fff]", page.read_text())
+        assert split is None, page.name
+    assert re.search(
+        r"ppo_discrete\.py</code>, 第 \d+ 至 \d+ 行", (site / "zh/discrete.html").read_text()
+    )
+
+
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
     text = (site / "en" / "discrete.html").read_text()
     markers = lines["MARKER"].findall((DOCS / "en" / "discrete.md").read_text())
