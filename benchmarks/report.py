@@ -207,7 +207,8 @@ def wording(row: dict) -> str:
     network = "Nature's CNN" if s["env_id"].startswith("ALE/") else f"{s['activation']} 64-64"
     normalised = ", observations and rewards normalised" if s["normalise"] else ""
     return (
-        f"{s['env_id']}, {s['num_envs']} environments x {s['num_steps']} steps, "
+        f"{s['env_id']}, {s['num_envs']} environment{'s' * (s['num_envs'] > 1)} x "
+        f"{s['num_steps']} steps, "
         f"{s['update_epochs']} epochs x {s['num_minibatches']} minibatches, {network}, "
         f"learning rate {s['learning_rate']:g} falling to 0, gamma {s['gamma']:g}, lambda "
         f"{s['gae_lambda']:g}, clip {s['clip_coef']:g}{' falling to 0' * s['anneal_clip']}, "
@@ -350,8 +351,8 @@ def draw(args: Args) -> Path:
             grid, seeds = seeds_on_a_grid(args, env_id, config)
             axes.plot(grid, seeds.T, color=colour, alpha=0.3 / len(args.configs), linewidth=0.8)
             axes.plot(grid, np.median(seeds, axis=0), color=colour, linewidth=2, label=config)
-        axes.set_title(env_id)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        axes.set_title(env_id, fontsize="medium")
+        axes.xaxis.set_major_formatter(lambda x, _: thousands(x))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.supxlabel("environment steps", fontsize="medium")
@@ -359,6 +360,11 @@ def draw(args: Args) -> Path:
     if len(args.configs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return save(figure, args, args.figure or args.curves[0])
+
+
+def thousands(x: float) -> str:
+    """Return a number of steps as an axis shows it: 0, 500k, 1M."""
+    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0"
 
 
 def pyplot():
