@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium", "numpy", "tensorboard", "tyro", "tqdm"]
+# dependencies = ["torch>=2.5", "gymnasium>=1.1", "numpy", "tensorboard", "tyro", "tqdm"]
 # ///
 """PPO for continuous actions: one file, read top to bottom.
 
@@ -22,6 +22,7 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import io
 import itertools
@@ -168,6 +169,13 @@ class Args:
             raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
         if self.ent_coef > 0.0 and self.log_std_fall is not None:
             raise UserError("--ent-coef needs --log-std-fall None: the entropy is on a schedule")
+        brake = self.target_kl or np.inf
+        if self.desired_kl and (self.objective == "penalty" or brake < self.desired_kl):
+            what = "--objective penalty" if self.objective == "penalty" else f"--target-kl {brake}"
+            raise UserError(f"{what} needs --desired-kl None: the two would pull apart")
+        folder = self.resume or self.evaluate
+        if folder is not None and self.run_dir not in (None, folder):
+            raise UserError(f"--run-dir {self.run_dir}: the run stays in its folder, {folder}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device")
         if self.capture_video and not importlib.util.find_spec("moviepy"):
@@ -185,23 +193,29 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
             kwargs[name] = json.loads(text.lower() if text in ("True", "False") else text)
         except json.JSONDecodeError:
             kwargs[name] = text
-    flag = f"--env-id {args.env_id}:"
+    flag, atari = f"--env-id {args.env_id}:", "ALE/" in args.env_id
     try:
+        if atari:
+            importlib.import_module("ale_py")  # registers its environments
         envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **kwargs)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        hint = ' (pip install "gymnasium[atari]")' if "ALE/" in args.env_id else ""
+        missing = atari and isinstance(error, ImportError)
+        hint = ' (pip install "gymnasium[atari]")' if missing else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
     space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Box):
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         choices = gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary
         other = ": use ppo_discrete.py" if isinstance(space, choices) else ""
-        raise UserError(f"{flag} its actions are {space}, not Box{other}")
+        raise UserError(f"{flag} its actions are {space}, not Box of floats{other}")
     if args.squash and not space.is_bounded():
         raise UserError(f"{flag} --squash needs bounded actions, these are {space}")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{flag} needs the autoreset mode NEXT_STEP")
-    if len(envs.single_observation_space.shape or ()) != 1:
+    seen = envs.single_observation_space
+    if not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1:
         envs = gym.wrappers.vector.FlattenObservation(envs)
+    if envs.single_observation_space.shape is None:
+        raise UserError(f"{flag} its observations are {seen}, of no fixed size")
     return envs
 
 
@@ -254,8 +268,8 @@ class Agent(nn.Module):
         self.centre: np.ndarray | float = 0.0
         self.half_width: np.ndarray | float = 1.0
         if args.squash or (args.scale_actions and self.box.is_bounded()):
-            self.centre = (self.box.high + self.box.low) / 2.0
-            self.half_width = (self.box.high - self.box.low) / 2.0
+            self.centre = self.box.high / 2.0 + self.box.low / 2.0  # not to overflow
+            self.half_width = self.box.high / 2.0 - self.box.low / 2.0
         self.obs_dim = envs.single_observation_space.shape[0]
         sizes = (self.obs_dim, args.hidden_size, args.hidden_size)
         # The small head makes the first policy almost the same in every state.
@@ -387,7 +401,8 @@ def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> f
     """Return the rate, a half up or a third down if the KL left [desired / 1.5, 1.5 desired].
 
     The rule of PPO's eq. 8 turned on the step instead of the penalty: one rate moves the policy of
-    one task ten times as far as that of another, one KL means the same everywhere.
+    one task ten times as far as that of another, one KL means the same everywhere. It raises the
+    rate to 0.01 at most.
     """
     factor = 1.0 / 1.5 if kl > 1.5 * desired_kl else 1.5 if kl < desired_kl / 1.5 else 1.0
     return min(factor * learning_rate, max(learning_rate, 1e-2))
@@ -503,7 +518,9 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     if run_dir is not None:
         print(f"{args.env_id}: {args.num_iterations} iterations on {device}, logged to {run_dir}")
         if not envs.single_action_space.is_bounded():
-            print("the action space is unbounded: no action is clipped")
+            print(
+                "a bound of the actions is missing: they are clipped where one is, and not scaled"
+            )
     done_steps, all_steps = run.iteration * args.batch_size, args.num_iterations * args.batch_size
     no_bar = None if rank == 0 else True  # None: a bar in a terminal only
     bar = tqdm(total=all_steps, initial=done_steps, unit=" steps", disable=no_bar)
@@ -598,7 +615,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         if args.objective == "penalty":
             run.kl_coef = adapt_kl_coef(run.kl_coef, final_kl, args.target_kl or 0.01)
         if args.desired_kl is not None:  # for the next iteration
-            wish = args.desired_kl * fraction**0.5
+            wish = args.desired_kl * fraction**0.5  # falls slowly, to 0 only at the end
             run.learning_rate = adapt_learning_rate(run.learning_rate, final_kl, wish)
 
         # ---- [4] Log: means over the iteration -------------------------------------------------
@@ -612,7 +629,8 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         run.last_return = float(mean_return) if episodes else run.last_return
         run.recent_returns = (run.recent_returns + [r for r, _ in episodes])[-100:]
         approx_kl, clipfrac = np.mean(epoch_diagnostics, axis=0)
-        clipped = (agent.to_env(actions) != agent.in_env_units(actions)).mean()
+        sent, meant = agent.to_env(actions[real]), agent.in_env_units(actions[real])
+        clipped = (sent != meant).mean()
         metrics = {
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
@@ -684,7 +702,8 @@ class Progress:
     last_return: float = float("nan")
     recent_returns: list[float] = dataclasses.field(default_factory=list)  # of 100 episodes
     restart_seed: int = 0  # with which all episodes last began anew
-    played: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions since, each (T, N)
+    # The actions since, each (T, N, A).
+    played: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def restart(self, seed: int) -> None:
         """Begin all episodes anew."""
@@ -924,7 +943,7 @@ def restore(
     states, num_processes = saved["processes"], len(gather([rank]))
     if len(states) != num_processes:
         raise UserError(f"{flag} saved by {len(states)} processes, resumed by {num_processes}")
-    for name in ("env_id", "num_envs", "num_steps"):
+    for name in ("config", "env_id", "num_envs", "num_steps"):
         if getattr(args, name) != saved["args"][name]:
             raise UserError(f"{flag} --{name.replace('_', '-')} was {saved['args'][name]}")
     try:
@@ -938,6 +957,9 @@ def restore(
     for rng, rng_state in zip(run.rngs, state.pop("rngs")):
         rng.bit_generator.state = rng_state
     vars(run).update(state, played=list(state["played"]))
+    for name in ("learning_rate", "kl_coef"):
+        if getattr(args, name) != saved["args"][name]:  # another flag than the run had
+            setattr(run, name, getattr(args, name))
     obs, info = envs.reset(seed=run.restart_seed)
     ended = np.zeros(envs.num_envs, bool)
     if run.iteration % args.restart_every:

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium", "numpy", "tensorboard", "tyro", "tqdm"]
+# dependencies = ["torch>=2.5", "gymnasium>=1.1", "numpy", "tensorboard", "tyro", "tqdm"]
 # ///
 """PPO for discrete actions: one file, read top to bottom.
 
@@ -163,6 +163,13 @@ class Args:
             )
         if self.num_iterations < 1:
             raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
+        brake = self.target_kl or np.inf
+        if self.desired_kl and (self.objective == "penalty" or brake < self.desired_kl):
+            what = "--objective penalty" if self.objective == "penalty" else f"--target-kl {brake}"
+            raise UserError(f"{what} needs --desired-kl None: the two would pull apart")
+        folder = self.resume or self.evaluate
+        if folder is not None and self.run_dir not in (None, folder):
+            raise UserError(f"--run-dir {self.run_dir}: the run stays in its folder, {folder}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device")
         if self.capture_video and not importlib.util.find_spec("moviepy"):
@@ -247,11 +254,14 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         raise UserError(f"{flag} its actions are {space}, not Discrete{other}")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{flag} needs the autoreset mode NEXT_STEP")
-    if is_image(envs.single_observation_space, 1):
+    seen = envs.single_observation_space
+    if is_image(seen, 1):
         if args.norm_obs:
             raise UserError("--norm-obs: images are divided by 255 instead")
-    elif len(envs.single_observation_space.shape or ()) != 1:
+    elif not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1:
         envs = gym.wrappers.vector.FlattenObservation(envs)
+    if envs.single_observation_space.shape is None:
+        raise UserError(f"{flag} its observations are {seen}, of no fixed size")
     return envs
 
 
@@ -492,7 +502,8 @@ def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> f
     """Return the rate, a half up or a third down if the KL left [desired / 1.5, 1.5 desired].
 
     The rule of PPO's eq. 8 turned on the step instead of the penalty: one rate moves the policy of
-    one task ten times as far as that of another, one KL means the same everywhere.
+    one task ten times as far as that of another, one KL means the same everywhere. It raises the
+    rate to 0.01 at most.
     """
     factor = 1.0 / 1.5 if kl > 1.5 * desired_kl else 1.5 if kl < desired_kl / 1.5 else 1.0
     return min(factor * learning_rate, max(learning_rate, 1e-2))
@@ -708,7 +719,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
         if args.objective == "penalty":
             run.kl_coef = adapt_kl_coef(run.kl_coef, final_kl, args.target_kl or 0.01)
         if args.desired_kl is not None:  # for the next iteration
-            wish = args.desired_kl * fraction**0.5
+            wish = args.desired_kl * fraction**0.5  # falls slowly, to 0 only at the end
             run.learning_rate = adapt_learning_rate(run.learning_rate, final_kl, wish)
 
         # ---- [4] Log: means over the iteration -------------------------------------------------
@@ -791,7 +802,8 @@ class Progress:
     last_return: float = float("nan")
     recent_returns: list[float] = dataclasses.field(default_factory=list)  # of 100 episodes
     restart_seed: int = 0  # with which all episodes last began anew
-    played: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions since, each (T, N)
+    # The actions since, each (T, N, P).
+    played: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def restart(self, seed: int) -> None:
         """Begin all episodes anew."""
@@ -1048,6 +1060,9 @@ def restore(
     for rng, rng_state in zip(run.rngs, state.pop("rngs")):
         rng.bit_generator.state = rng_state
     vars(run).update(state, played=list(state["played"]))
+    for name in ("learning_rate", "kl_coef"):
+        if getattr(args, name) != saved["args"][name]:  # another flag than the run had
+            setattr(run, name, getattr(args, name))
     obs, info = envs.reset(seed=run.restart_seed)
     ended = np.zeros(envs.num_envs, bool)
     if run.iteration % args.restart_every:

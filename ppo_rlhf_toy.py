@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "tensorboard", "tyro", "tqdm"]
+# dependencies = ["torch>=2.5", "numpy", "tensorboard", "tyro", "tqdm"]
 # ///
 """PPO for language models: the whole RLHF pipeline in one file, read top to bottom.
 

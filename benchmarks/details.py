@@ -71,7 +71,7 @@ CHANGES = [
         },
     ),
     Change("no entropy bonus", "--ent-coef 0", scripts=(DISCRETE,)),
-    Change("PPO-Penalty for PPO-Clip", "--objective penalty"),
+    Change("PPO-Penalty for PPO-Clip", "--objective penalty --desired-kl None"),
     Change("step not tied to the KL", "--desired-kl None", scripts=(CONTINUOUS,)),
     Change("std learned, not annealed", "--log-std-fall None", scripts=(CONTINUOUS,)),
     Change(  # an annealed std leaves an entropy bonus nothing to act on

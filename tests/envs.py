@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
 
 MARK = 9.0  # the observation of an episode's end in `Poison`, seen nowhere else
 
@@ -126,6 +126,26 @@ class Matrix(Identity):
 
     def _observe(self):
         return super()._observe()[:, None]
+
+
+class Factors(Identity):
+    """`Identity` with its observation as a MultiDiscrete: the target, and a number of four."""
+
+    observation_space = MultiDiscrete([3, 4])
+
+    def _observe(self):
+        super()._observe()
+        return np.array([self.target, 2])
+
+
+class Endless(Identity):
+    """`Identity` with observations of any length."""
+
+    observation_space = Sequence(Discrete(3))
+
+    def _observe(self):
+        super()._observe()
+        return (self.target,)
 
 
 class TwoActions(Identity):
@@ -269,7 +289,9 @@ class SameStep(Poison):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
 
-for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, TwoActions):
+for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, Factors):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (Endless, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Masked, MaskedByMethod, Parts, Bits):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
@@ -307,12 +329,24 @@ class UnboundedTarget(Target):
     action_space = Box(-np.inf, np.inf, (2,), np.float32)
 
 
+class HalfBoundedTarget(Target):
+    """The same with actions that have a lower bound only."""
+
+    action_space = Box(np.float32([0.0, -0.4]), np.float32([np.inf, 0.4]))
+
+
+class WholeTarget(Target):
+    """The same with whole numbers for actions."""
+
+    action_space = Box(-128, 127, (2,), np.int8)
+
+
 class PoisonBox(Poison):
     """`Poison` with a continuous action."""
 
     single_action_space = Box(-1.0, 1.0, (1,), np.float32)
 
 
-gym.register(id="test/Target-v0", entry_point=Target)
-gym.register(id="test/UnboundedTarget-v0", entry_point=UnboundedTarget)
+for cls in (Target, UnboundedTarget, HalfBoundedTarget, WholeTarget):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 gym.register(id="test/PoisonBox-v0", vector_entry_point=PoisonBox)

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,7 +207,10 @@ def test_normalisation_can_be_switched_off(monkeypatch, run_dir, on: bool) -> No
 # ---- Training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"squash": True}, {"objective": "penalty"}])
+PENALTY = {"objective": "penalty", "desired_kl": None}
+
+
+@pytest.mark.parametrize("changes", [{}, {"squash": True}, PENALTY])
 def test_learns_the_target(run_dir, changes: dict) -> None:
     args = small(run_dir, total_timesteps=16_000, num_steps=64, gamma=0.5, eval_episodes=20)
     for name, value in changes.items():
@@ -216,10 +220,55 @@ def test_learns_the_target(run_dir, changes: dict) -> None:
     assert results["eval_stochastic_mean"] < results["eval_mean"]
 
 
-def test_unbounded_actions_are_not_clipped_and_it_says_so(run_dir, capsys) -> None:
-    train(small(run_dir, env_id="test/UnboundedTarget-v0", log_std_init=1.0))
-    assert "unbounded: no action is clipped" in capsys.readouterr().out
-    assert {row["charts/clipped_actions"] for row in read_metrics(run_dir)} == {0.0}
+@pytest.mark.parametrize("env", ["UnboundedTarget", "HalfBoundedTarget"])
+def test_actions_are_clipped_where_there_is_a_bound_and_it_says_so(
+    run_dir, capsys, env: str
+) -> None:
+    train(small(run_dir, env_id=f"test/{env}-v0", log_std_init=1.0))
+    assert "a bound of the actions is missing" in capsys.readouterr().out
+    shares = [row["charts/clipped_actions"] for row in read_metrics(run_dir)]
+    assert max(shares) == 0.0 if env == "UnboundedTarget" else min(shares) > 0.5
+
+
+def test_the_widest_box_does_not_overflow() -> None:
+    box, obs = gym.spaces.Box(-3.4e38, 3.4e38, (2,), np.float32), gym.spaces.Box(0.0, 1.0, (3,))
+    agent = Agent(Args(), SimpleNamespace(single_action_space=box, single_observation_space=obs))
+    assert np.isfinite(agent.half_width).all()
+
+
+def test_the_share_of_clipped_actions_is_that_of_real_rows(monkeypatch, run_dir) -> None:
+    calls = spy(monkeypatch, "in_env_units", owner=Agent)
+    _, results = train(small(run_dir, env_id="test/PoisonBox-v0"))
+    rows = [len(actions) for _, actions, _ in calls if len(actions) > 8]
+    assert sum(rows) == 2 * results["global_step"] < 2 * 1280
+
+
+@pytest.mark.parametrize("name, value", [("learning_rate", 1e-5), ("kl_coef", 7.0)])
+def test_a_flag_changed_for_a_resumed_run_counts(run_dir, name: str, value: float) -> None:
+    args = small(run_dir, objective="penalty", desired_kl=None, target_kl=1e9)
+    if name == "learning_rate":
+        args = small(run_dir, desired_kl=1e9)  # raised by half in every iteration
+    train(args)
+    args = replace(args, resume=run_dir, total_timesteps=1408, **{name: value})
+    train(args)
+    column = "charts/learning_rate" if name == "learning_rate" else "losses/kl_coef"
+    before, after = [row[column] for row in read_metrics(run_dir)][-2:]
+    assert before != after == (value if name == "learning_rate" else value / 2)
+    train(replace(args, total_timesteps=1536))  # from then on it is adapted
+    last = read_metrics(run_dir)[-1][column]
+    assert last == pytest.approx(after * (1.5 if name == "learning_rate" else 0.5))
+
+
+@pytest.mark.parametrize("changes", [{"config": "faithful"}, {"run_dir": Path("elsewhere")}])
+def test_a_resumed_run_refuses_what_it_could_not_heed(run_dir, changes: dict) -> None:
+    train(small(run_dir))
+    with pytest.raises(UserError, match=f"--{next(iter(changes)).replace('_', '-')}"):
+        train(replace(small(run_dir, resume=run_dir), **changes))
+
+
+def test_actions_of_whole_numbers_are_refused(run_dir) -> None:
+    with pytest.raises(UserError, match="not Box of floats"):
+        train(small(run_dir, env_id="test/WholeTarget-v0"))
 
 
 def test_the_same_seed_gives_the_same_parameters_to_the_last_bit(run_dir) -> None:

@@ -400,7 +400,9 @@ def test_gradients_are_clipped_and_rows_used_once_an_epoch(monkeypatch, run_dir)
 LEARN = dict(total_timesteps=8_000, num_steps=32, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize("env", ["Identity", "OffsetIdentity", "NestedIdentity", "Matrix"])
+@pytest.mark.parametrize(
+    "env", ["Identity", "OffsetIdentity", "NestedIdentity", "Matrix", "Factors"]
+)
 def test_learns_the_identity(run_dir, env: str) -> None:
     _, results = train(small(run_dir, env_id=f"test/{env}-v0", eval_episodes=20, **LEARN))
     assert results["eval_mean"] == 10.0 and results["eval_std"] == 0.0
