@@ -4,8 +4,8 @@
 # ///
 """PPO for language models: the whole RLHF pipeline in one file, read top to bottom.
 
-    python ppo_rlhf_toy.py                      # gold .47 -> .98 in some 70 s on one CPU core
-    python ppo_rlhf_toy.py --task arithmetic    # accuracy .48 -> .87 by a verifiable reward
+    python ppo_rlhf_toy.py                      # gold .45 -> .98 in some 70 s on one CPU core
+    python ppo_rlhf_toy.py --task arithmetic    # accuracy .47 -> .93 by a verifiable reward
 
 `train` runs three stages, each a function, and saves the four models that they make:
     sft                 the policy learns from demonstrations; a frozen copy is the reference
@@ -76,7 +76,7 @@ class Args:
     checkpoint_every: int = 10  # iterations of PPO between checkpoints; one more at Ctrl-C
     resume: Path | None = None  # go on with the run in this folder, with its arguments
     evaluate: Path | None = None  # only evaluate the run in this folder
-    eval_prompts: int = 1024  # fresh prompts of the final evaluation
+    eval_prompts: int = 1024  # prompts of the final evaluation, in arithmetic none trained on
 
     num_layers: int = 2  # of each of the four transformers
     num_heads: int = 4  # attention heads
@@ -84,7 +84,7 @@ class Args:
     context_size: int = 32  # tokens of the longest prompt and response together
     max_new_tokens: int = 24  # a response is cut off here
 
-    sft_steps: int = 500  # updates of stage 1; arithmetic ends before, at sft_accuracy
+    sft_steps: int = 500  # updates of stage 1; arithmetic: ten times as many at most
     sft_accuracy: float = 0.46  # arithmetic: accuracy at training prompts at which stage 1 ends
     sft_batch_size: int = 64  # demonstrations in an update
     sft_learning_rate: float = 3e-3  # falls linearly to 0
@@ -115,8 +115,8 @@ class Args:
     # token: what is earned from the token on; response: what the whole answer earns, for each.
     credit: Literal["token", "response"] = "token"
     whiten_rewards: bool = False  # bring rewards to standard deviation 1, their mean unmoved
-    gamma: float = 1.0  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE: 0 trusts the critic, 1 the rewards
+    gamma: float = 1.0  # discount factor; no part in --credit response
+    gae_lambda: float = 0.95  # 0 trusts the critic, 1 the rewards, as --baseline group does
     clip_coef: float = 0.2  # epsilon: moving the ratio further than this from 1 earns nothing
     clip_vloss: bool = True  # clip the value loss by clip_coef too (N details)
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -147,9 +147,11 @@ class Args:
                     raise UserError(f"--{name.replace('_', '-')} {value} {rule}")
         if self.task not in TASKS:
             raise UserError(f"--task {self.task} is unknown: choose {' or '.join(TASKS)}")
-        task, room = TASKS[self.task], self.context_size - self.max_new_tokens
+        task = TASKS[self.task]
+        # A reward model reads one token more: the EOS that a cut-off answer lacks.
+        room = self.context_size - self.max_new_tokens - task.learned
         copies = self.group_size if self.baseline == "group" else 1
-        batch = self.batch_size or task.batch_size
+        batch, folder = self.batch_size or task.batch_size, self.resume or self.evaluate
         for wrong, message in (
             (task.prompt_size > room, f"context-size {self.context_size} less --max-new-tokens "
              f"{self.max_new_tokens} is too short for prompts of {task.prompt_size} tokens"),
@@ -157,6 +159,9 @@ class Args:
             (batch % copies, f"batch-size {batch} must divide by --group-size {copies}"),
             (batch < self.num_minibatches, f"num-minibatches exceeds --batch-size {batch}"),
             (self.load_reward_model and not task.learned, f"load-reward-model: not in {self.task}"),
+            (self.ref_kl_target and not self.kl_coef, "ref-kl-target needs --kl-coef above 0"),
+            (folder and self.run_dir not in (None, folder), f"run-dir {self.run_dir}: the run "
+             f"stays in its folder, {folder}"),
             (self.device == "cuda" and not torch.cuda.is_available(), "device cuda: none found"),
         ):  # fmt: skip
             if wrong:
@@ -204,6 +209,7 @@ class Reviews(Task):
     grammar = re.compile(rf"{clause}(?: (?:and|but) {clause})*(?:{closing})? \.")
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
+        # There are only 1,464: none is held out, a fresh one was seen before.
         named = (rng.permutation(self.nouns)[: rng.integers(1, 4)] for _ in range(count))
         return [" ".join((*nouns, ":")) for nouns in named]
 
@@ -234,7 +240,7 @@ class Arithmetic(Task):
 
     words, separator = tuple("0123456789+="), ""
     prompt_size, learned = 6, False
-    batch_size, num_iterations, update_epochs = 512, 120, 2  # answers are short, rewards are rare
+    batch_size, num_iterations, update_epochs = 512, 120, 2  # answers are short
     samples = ("2+2=", "27+8=", "46+39=", "95+87=")
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
@@ -431,7 +437,7 @@ def action_mask(responses: Tensor) -> Tensor:
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return -mean(log P) over (M,), P = sigmoid(chosen - rejected) that the judge chose so."""
+    """Return -mean(log P) over pairs, P = sigmoid(chosen - rejected) that the judge chose so."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -456,8 +462,9 @@ def score_answers(
 
     Raises `UserError` if `reward_fn` does not return one finite number an answer.
     """
+    rewards = reward_fn(texts, task.decode(responses))
     try:
-        scores = torch.as_tensor(reward_fn(texts, task.decode(responses)), dtype=torch.float32)
+        scores = torch.as_tensor(rewards, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the reward function gave no list of numbers: {error}") from error
     scores = scores.to(responses.device)
@@ -491,7 +498,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Return `x` brought to standard deviation 1, and mean 0 if asked, under the mask; 0 elsewhere.
 
-    Rewards keep their mean: a shift would pay for, or punish, every further token (N details).
+    Rewards keep their mean (N details): without it, a token that earns 0 would cost or pay more.
     """
     mean, std = x[mask].mean(), x[mask].std()
     return torch.where(mask, (x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean), 0.0)
@@ -499,7 +506,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
     """Return beta, moved in proportion to the KL's relative error (Ziegler et al. 2019, 2.2)."""
-    return kl_coef * (1.0 + min(max(kl / target - 1.0, -0.2), 0.2) * answers / horizon)
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * min(answers / horizon, 1.0))
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -563,6 +571,8 @@ def sft(args: Args, task: Task, log: Log, stop: threading.Event | None = None) -
         prompts = pad([task.encode(text) for text in texts], True, args)
         demonstrations = [[*task.encode(task.demonstration(text, rng)), EOS] for text in texts]
         responses = pad(demonstrations, False, args)
+        if (size := prompts.shape[1] + responses.shape[1]) > args.context_size:
+            raise UserError(f"--context-size {args.context_size}: a demonstration takes {size}")
         log_probs, _ = model.log_prob_and_entropy(prompts, responses, 1.0)
         loss = -log_probs[action_mask(responses)].mean()
         descend(optimizer, loss, args)
@@ -660,7 +670,8 @@ def ppo(
     first_iteration, kl_coef = 0, args.kl_coef
     keep = (policy, value, optimizer, rng, generator)
     if saved is not None:
-        first_iteration, kl_coef = restore(saved, *keep)
+        first_iteration, adapted = restore(saved, *keep)
+        kl_coef = adapted if args.ref_kl_target is not None else kl_coef
     done, num_answers = (n * args.batch_size for n in (first_iteration, args.num_iterations))
     bar = tqdm(initial=done, total=num_answers, desc="PPO", unit=" answers", disable=None)
     loop_time = print_time = time.perf_counter()
@@ -822,9 +833,9 @@ def optimum_share(
     No policy earns more than J* = E_prompt[beta log Z], Z = E_ref[exp(score / beta)], and only
     pi* = pi_ref exp(score / beta) / Z earns that much. The reference alone hardly ever samples what
     pi* prefers, so half the samples for Z are the policy's, weighed by multiple importance
-    sampling. None at beta 0, where J* is the best score of any text.
+    sampling. None at beta 0, where J* is the best score of any text, and where beta was adapted.
     """
-    if args.kl_coef == 0.0:
+    if args.kl_coef == 0.0 or args.ref_kl_target is not None:
         return None
     rng, generator = streams(args, 5)
     texts = [text for text in task.prompts(64, rng, held_out=True) for _ in range(32)]
@@ -869,10 +880,11 @@ def train(
     print(f"{args.task}: three stages on {resolve_device(args)}, logged to {run_dir}")
 
     def log(step: int, metrics: dict[str, float]) -> None:
+        of_ppo = "losses/policy_loss" in metrics
         for name, number in metrics.items():
             if not np.isnan(number):
-                writer.add_scalar(name, number, step)
-        if "losses/policy_loss" in metrics:  # metrics.csv holds the iterations of PPO
+                (writer if of_ppo else early_writer).add_scalar(name, number, step)
+        if of_ppo:  # metrics.csv holds the iterations of PPO
             with open(run_dir / "metrics.csv", "a") as file:
                 if file.tell() == 0:
                     print("global_step", *metrics, sep=",", file=file)
@@ -884,7 +896,8 @@ def train(
         writer.add_text("samples", "  \n".join(lines), step)
         print(f"{name} answers:", *lines, sep="\n    ")
 
-    with writer:
+    # Stages 1 and 2 count other steps. A resumed stage 3 drops what it will log again, not theirs.
+    with writer, SummaryWriter(run_dir / "stages") as early_writer:
         # ---- Stage 1: the reference, which is also the first policy ----------------------------
         if reference is None:
             reference = sft(args, task, log, stop)

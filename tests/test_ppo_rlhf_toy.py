@@ -201,6 +201,7 @@ def test_adaptive_kl_controller():
     assert step(2.2) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert step(50.0) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # the error is clipped to 0.2
     assert step(0.0) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+    assert rlhf.adapt_kl_coef(0.1, 0.0, 2.0, 512, 100) == pytest.approx(0.08)  # and never negative
 
 
 def test_bradley_terry_loss_and_gradient():
@@ -516,7 +517,10 @@ def test_saved_model_of_another_shape(tmp_path):
     "flags, message",
     [
         ("--task chess", "--task chess is unknown"),
-        ("--context-size 27", "too short for prompts of 4 tokens"),
+        ("--context-size 28", "too short for prompts of 4 tokens"),
+        ("--max-new-tokens 28", "too short for prompts of 4 tokens"),
+        ("--kl-coef 0 --ref-kl-target 2", "--ref-kl-target needs --kl-coef above 0"),
+        ("--resume elsewhere", "run: the run stays in its folder, elsewhere"),
         ("--kl-coef -0.1", "--kl-coef -0.1 must not be negative"),
         ("--task arithmetic --load-reward-model x.pt", "--load-reward-model"),
         ("--baseline group --group-size 7", "--group-size"),
@@ -530,6 +534,28 @@ def test_bad_flags_raise_and_leave_no_folder(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         rlhf.train(args)
     assert not (tmp_path / "run").exists()
+
+
+def test_demonstrations_longer_than_the_context(tmp_path):
+    with pytest.raises(UserError, match="--context-size 18: a demonstration takes"):
+        rlhf.train(tiny(context_size=18, max_new_tokens=8, run_dir=tmp_path / "run"))
+
+
+def test_an_answer_that_was_cut_off_is_read_to_an_eos_of_its_own():
+    args = tiny(context_size=29, max_new_tokens=24)
+    args.check()
+    rlhf.read_scores(
+        args, REVIEWS, random_model(args, REVIEWS, True), ["pool view bed :"], ["the " * 23 + "the"]
+    )
+
+
+def test_a_reward_function_raises_its_own_errors():
+    def reward_fn(texts, answers):
+        return [int(answer) for answer in answers]
+
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        rlhf.score_answers(tiny(), REVIEWS, reward_fn, ["pool :"], torch.tensor([[5, EOS]]))
+    assert not isinstance(raised.value, UserError)
 
 
 def test_prompts_longer_than_the_context():
@@ -594,6 +620,20 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(flags, tmp_path, monke
     for first, second in zip(*rows, strict=True):
         cells = [row.split(",") for row in (first, second)]
         assert cells[0][:4] == cells[1][:4] and cells[0][5:] == cells[1][5:]  # 4 is the speed
+
+
+def test_a_resumed_run_heeds_another_beta_and_keeps_the_curves_of_its_stages(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    args = tiny(run_dir=tmp_path / "a", sft_steps=75)
+    rlhf.train(args)
+    args = dataclasses.replace(args, resume=args.run_dir, num_iterations=4, kl_coef=5.0)
+    rlhf.train(args)
+    rows = list(csv.DictReader((tmp_path / "a" / "metrics.csv").read_text().splitlines()))
+    assert [float(row["losses/kl_coef"]) for row in rows] == [0.1, 0.1, 5.0, 5.0]
+    events = EventAccumulator(str(tmp_path / "a" / "stages")).Reload()
+    assert [event.step for event in events.Scalars("sft/loss")] == [25, 50, 75]
 
 
 def test_a_run_stopped_before_ppo_goes_on(tmp_path, monkeypatch):
