@@ -51,7 +51,9 @@ from tqdm import tqdm
 
 from gae import gae
 
-PIXELS: dict[str, Any] = {  # the defaults if observations are images: as Baselines plays Atari
+PIXELS: dict[
+    str, Any
+] = {  # the defaults if observations are images: nearly as Baselines plays Atari
     "total_timesteps": 10_000_000,
     "eval_episodes": 10,
     "learning_rate": 2.5e-4,

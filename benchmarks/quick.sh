@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark once, with few seeds, rounds and steps: does it all run, is the order of magnitude
+# Every benchmark that has --quick once, with few seeds, rounds and steps: does it all run, is the order of magnitude
 # right? Under 15 minutes on 2 cores. Nothing here is for quoting; results go to results/quick/.
 #
 #     benchmarks/quick.sh                                   # more: --cleanrl PATH --leanrl PATH ...

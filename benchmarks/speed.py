@@ -181,8 +181,9 @@ def cleanrl(args: Args, settings: Settings) -> Contender:
     patches = {line: f"{line}\n        common.tick(global_step, {policy})"}
     python, script = args.envs / "cleanrl" / "bin" / "python", args.cleanrl / "cleanrl" / name
     patches |= {"half-cheetah": GYMNASIUM_1, "pong": ATARI}.get(args.work, {})
-    remark = "" if args.work == "pong" or settings.activation == "tanh" else "tanh"
+    remark = "" if settings.activation == "tanh" else "tanh"
     if args.work == "pong":
+        remark = "no sticky actions"
         settings = replace(settings, env_id="PongNoFrameskip-v4")  # it skips frames by itself
     found = Contender(f"CleanRL {name}", python, script, settings, (), patches, remark=remark)
     return replace(found, checkout=args.cleanrl)
