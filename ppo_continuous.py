@@ -21,6 +21,7 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 "Detail n" counts as in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
 
+import atexit
 import dataclasses
 import importlib
 import importlib.util
@@ -28,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -182,6 +184,13 @@ class Args:
             raise UserError('--capture-video needs moviepy: pip install "gymnasium[other]"')
 
 
+def leave_ctrl_c(env: Any) -> Any:
+    """In a worker process, leave Ctrl-C to the main one, which ends the run in order."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make `num_envs` environments with observations (N, D); discrete parts become one-hot.
 
@@ -197,7 +206,9 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     try:
         if atari:
             importlib.import_module("ale_py")  # registers its environments
-        envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **kwargs)
+        mode = args.vectorization_mode
+        wrappers = [leave_ctrl_c] if mode == "async" else []
+        envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         missing = atari and isinstance(error, ImportError)
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
@@ -500,6 +511,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     T, N = args.num_steps, args.num_envs // world_size
     mine = slice(rank * N, (rank + 1) * N)  # this process's share of all environments
     envs = make_envs(args, N)
+    atexit.register(envs.close)  # after an error as well
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
@@ -668,6 +680,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     bar.close()
     envs.close()
+    atexit.unregister(envs.close)
     if run_dir is None or writer is None:
         return agent, {}
     writer.close()
@@ -729,7 +742,8 @@ def join_processes(args: Args) -> tuple[int, int, torch.device]:
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if world_size > 1 and not dist.is_initialized():
         what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
-        if args.num_envs % world_size or args.batch_size < 4 * world_size * args.num_minibatches:
+        rows = args.num_envs * (args.num_steps // 2)  # that are surely real
+        if args.num_envs % world_size or rows < 2 * world_size * args.num_minibatches:
             raise UserError(f"{what} cannot be split over {world_size} processes")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
@@ -861,7 +875,9 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
         except OSError as error:
             raise UserError(f"--run-dir {run_dir}: {error}") from error
         if (run_dir / "args.json").exists():
-            raise UserError(f"--run-dir {run_dir} holds a run: --resume it, or name another")
+            there = (run_dir / "checkpoint.pt").exists()
+            what = "--resume it" if there else "delete it, for it has no checkpoint yet"
+            raise UserError(f"--run-dir {run_dir} holds a run: {what}, or name another")
         write_json(run_dir / "args.json", dataclasses.asdict(args))
     else:
         lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
@@ -1010,12 +1026,15 @@ def main() -> None:
         status = 128 + number  # what a shell expects
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         args = parse()
         if args.evaluate is not None:
+            for number in (signal.SIGINT, signal.SIGTERM):  # nothing is to be saved
+                signal.signal(number, signal.SIG_DFL)
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)
@@ -1023,7 +1042,7 @@ def main() -> None:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         reason = str(error).splitlines()[0]
         print(f"{Path(__file__).name}: another process has ended: {reason}", file=sys.stderr)

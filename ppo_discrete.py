@@ -22,6 +22,7 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 "Detail n" counts as in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
 
+import atexit
 import dataclasses
 import importlib
 import importlib.util
@@ -29,6 +30,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -183,11 +185,11 @@ class ActionMasks(gym.Wrapper):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict]:
         obs, info = super().reset(**kwargs)
-        return obs, info | {"action_mask": np.asarray(self.get_wrapper_attr("action_masks")())}
+        return obs, info | {"action_mask": np.hstack(self.get_wrapper_attr("action_masks")())}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         *step, info = super().step(action)
-        return *step, info | {"action_mask": np.asarray(self.get_wrapper_attr("action_masks")())}
+        return *step, info | {"action_mask": np.hstack(self.get_wrapper_attr("action_masks")())}
 
 
 def is_image(space: gym.Space, height: int) -> bool:
@@ -221,6 +223,13 @@ def count_choices(space: gym.Space) -> list[int]:
     return [2] * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else []
 
 
+def leave_ctrl_c(env: Any) -> Any:
+    """In a worker process, leave Ctrl-C to the main one, which ends the run in order."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make `num_envs` environments with observations (N, D); discrete parts become one-hot.
 
@@ -234,7 +243,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         except json.JSONDecodeError:
             kwargs[name] = text
     flag, mode, atari = f"--env-id {args.env_id}:", args.vectorization_mode, "ALE/" in args.env_id
-    wrappers: Sequence[Callable] = [prepare]
+    wrappers: Sequence[Callable] = [prepare, leave_ctrl_c] if mode == "async" else [prepare]
     module, _, name = args.env_id.rpartition(":")
     try:
         if module or atari:
@@ -257,6 +266,8 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"{flag} needs the autoreset mode NEXT_STEP")
     seen = envs.single_observation_space
+    if seen.dtype == np.uint8 and len(seen.shape or ()) == 4:
+        raise UserError(f"{flag} its images are a stack in colour, not grey: {seen.shape}")
     if is_image(seen, 1):
         if args.norm_obs:
             raise UserError("--norm-obs: images are divided by 255 instead")
@@ -370,7 +381,10 @@ class Agent(nn.Module):
             return self.no_mask
         legal = np.tile(self.exists, (len(done), 1, 1))
         rows = info.get("_action_mask", True) & ~done  # of environments that gave a mask
-        given = np.array(info["action_mask"][rows].tolist(), bool)
+        given = info["action_mask"][rows]
+        if len(given) and isinstance(given[0], tuple | list):  # an array for each part
+            given = np.array([np.hstack(row) for row in given])
+        given = np.array(given.tolist(), bool)
         of_rows, choices = legal[rows], self.exists.sum()
         if given.size != len(of_rows) * choices:
             raise UserError(f"an action_mask of {given[0].size} numbers for {choices} choices")
@@ -603,6 +617,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     T, N = args.num_steps, args.num_envs // world_size
     mine = slice(rank * N, (rank + 1) * N)  # this process's share of all environments
     envs = make_envs(args, N)
+    atexit.register(envs.close)  # after an error as well
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
@@ -770,6 +785,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     bar.close()
     envs.close()
+    atexit.unregister(envs.close)
     if run_dir is None or writer is None:
         return agent, {}
     writer.close()
@@ -831,7 +847,8 @@ def join_processes(args: Args) -> tuple[int, int, torch.device]:
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if world_size > 1 and not dist.is_initialized():
         what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
-        if args.num_envs % world_size or args.batch_size < 4 * world_size * args.num_minibatches:
+        rows = args.num_envs * (args.num_steps // 2)  # that are surely real
+        if args.num_envs % world_size or rows < 2 * world_size * args.num_minibatches:
             raise UserError(f"{what} cannot be split over {world_size} processes")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
@@ -969,7 +986,9 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
         except OSError as error:
             raise UserError(f"--run-dir {run_dir}: {error}") from error
         if (run_dir / "args.json").exists():
-            raise UserError(f"--run-dir {run_dir} holds a run: --resume it, or name another")
+            there = (run_dir / "checkpoint.pt").exists()
+            what = "--resume it" if there else "delete it, for it has no checkpoint yet"
+            raise UserError(f"--run-dir {run_dir} holds a run: {what}, or name another")
         write_json(run_dir / "args.json", dataclasses.asdict(args))
     else:
         lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
@@ -1117,12 +1136,15 @@ def main() -> None:
         status = 128 + number  # what a shell expects
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         args = parse()
         if args.evaluate is not None:
+            for number in (signal.SIGINT, signal.SIGTERM):  # nothing is to be saved
+                signal.signal(number, signal.SIG_DFL)
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)
@@ -1130,7 +1152,7 @@ def main() -> None:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         reason = str(error).splitlines()[0]
         print(f"{Path(__file__).name}: another process has ended: {reason}", file=sys.stderr)

@@ -246,6 +246,12 @@ class OneChannelPicture(Picture):
     observation_space = Box(0, 255, (42, 60, 1), np.uint8)
 
 
+class Film(Identity):
+    """Two pictures in colour at a time, which no network here takes."""
+
+    observation_space = Box(0, 255, (2, 42, 60, 3), np.uint8)
+
+
 class FourChannelPicture(Picture):
     """The same with transparency, which is no picture that can be made grey."""
 
@@ -291,7 +297,7 @@ class SameStep(Poison):
 
 for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, Factors):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
-for cls in (Endless, TwoActions):
+for cls in (Endless, Film, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Masked, MaskedByMethod, Parts, Bits):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)

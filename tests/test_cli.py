@@ -44,6 +44,7 @@ WRONG = {  # flags -> what the message must say
     "--env-id Pendulum-v1": "use ppo_continuous.py",
     "--env-id test/TwoActions-v0": "not Discrete",
     "--env-id test/Endless-v0": "of no fixed size",
+    "--env-id test/Film-v0": "a stack in colour, not grey",
     "--env-id test/SameStep-v0": "NEXT_STEP",
     "--env-id CartPole-v1 --env-kwargs nonsense=1": "nonsense",
     "--env-id Acrobot-v1 --vectorization-mode vector_entry_point": "vector entry point",

@@ -357,7 +357,46 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_checkpoint(
     assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
+@both
+def test_a_run_without_a_checkpoint_may_be_deleted(script, tmp_path) -> None:
+    (tmp_path / "args.json").touch()
+    with pytest.raises(script.UserError, match="delete it, for it has no checkpoint yet"):
+        script.train(small(script, tmp_path))
+
+
+@both
+def test_workers_leave_ctrl_c_to_the_main_process(script) -> None:
+    assert script.leave_ctrl_c("environment") == "environment"
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # this is the main process
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(script.leave_ctrl_c, ("environment",))
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
+
+
+def test_an_error_among_workers_is_one_line_too(tmp_path) -> None:
+    flags = f"--env-id tests.envs:test/Broken-v0 --num-envs 2 --run-dir {tmp_path / 'run'}"
+    command = [sys.executable, "ppo_discrete.py", *flags.split(), "--vectorization-mode", "async"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ppo_discrete.py: test"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---- Evaluating and watching -------------------------------------------------------------------
+
+
+@both
+def test_evaluating_ends_at_the_first_signal(script, tmp_path, monkeypatch, capsys) -> None:
+    handlers = []
+    monkeypatch.setattr(
+        script,
+        "evaluate_run",
+        lambda *_: handlers.extend(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))),
+    )
+    script.train(small(script, tmp_path / "run"))
+    run_main(monkeypatch, capsys, script, f"--evaluate {tmp_path / 'run'}")
+    assert handlers == [signal.SIG_DFL, signal.SIG_DFL]
 
 
 @both
@@ -474,6 +513,31 @@ def test_two_processes_stay_equal_and_resume(tmp_path) -> None:
     args = ppo_discrete.Args(**flags, resume=tmp_path / "ppo_discrete2")
     with pytest.raises(ppo_discrete.UserError, match="saved by 2 processes, resumed by 1"):
         ppo_discrete.train(args)
+
+
+def test_processes_with_few_real_rows_are_refused(monkeypatch) -> None:
+    """Of 5 rows of an environment 3 may be resets: too few are left for 5 minibatches of 2."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
+    for script in SCRIPTS:
+        script.join_processes(script.Args(num_envs=8, num_steps=5, num_minibatches=4))
+        with pytest.raises(script.UserError, match="cannot be split over 2 processes"):
+            script.join_processes(script.Args(num_envs=8, num_steps=5, num_minibatches=5))
+
+
+@both
+def test_an_error_of_its_own_keeps_its_traceback(script, monkeypatch, capsys) -> None:
+    def fail(text: str) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(script, "parse", lambda: fail("simulator licence lost"))
+    with pytest.raises(RuntimeError, match="licence"):
+        run_main(monkeypatch, capsys, script, "")
+    monkeypatch.setattr(script, "parse", lambda: fail("[gloo/pair.cc:5] Connection closed by peer"))
+    status, error = run_main(monkeypatch, capsys, script, "")
+    assert status == 1 and "another process has ended: [gloo" in error
 
 
 def test_environments_that_do_not_divide_are_one_clear_line(tmp_path) -> None:

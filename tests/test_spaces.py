@@ -104,6 +104,15 @@ def test_a_mask_is_read_where_it_is_given() -> None:
     assert masks.tolist() == [[[True, False, False], [False, True, True]], free, free]
 
 
+def test_a_mask_may_be_an_array_for_each_part() -> None:
+    agent, given = make_agent("test/Parts-v0"), np.empty(2, object)
+    given[:] = [([1, 0], [0, 1, 1]), (np.ones(2, np.int8), np.ones(3, np.int8))]
+    masks = agent.masks({"action_mask": given}, np.zeros(2, bool)) == 0
+    of_first, of_second = masks.tolist()
+    assert of_first == [[True, False, False], [False, True, True]]
+    assert of_second == [[True, True, False], [True, True, True]]
+
+
 @pytest.mark.parametrize("env", ["Masked", "MaskedByMethod"])
 def test_only_legal_actions_reach_the_environment(run_dir, monkeypatch, env: str) -> None:
     """It asserts so, in training and in both evaluations; the masks of a rollout are stored."""
