@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
+rm -rf benchmarks/results/quick  # or standing lines would not be measured again
 report() { "$python" benchmarks/report.py --table "quick/$1" "${@:2}"; }
 for work in cart-pole half-cheetah pong solve; do
     "$python" benchmarks/speed.py --quick --work "$work" "$@"

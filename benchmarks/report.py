@@ -113,6 +113,8 @@ def markdown(args: Args) -> str:
         text = rlhf(rows, args.part)
     elif "contender" in rows[0]:
         rows = [r for r in rows if (r["work"], r["threads"]) == (args.work, str(args.threads))]
+        if not any(row["contender"].startswith("ppo_") for row in rows):
+            sys.exit(f"{args.table} has no line of ours for --work {args.work}")
         text = solved(rows) if args.work == "solve" else speed(rows)
     elif Path(args.table).stem in ("details", "ablation"):
         text = details(rows)
@@ -156,6 +158,11 @@ def by_contender(rows: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
+def versions(group: list[dict]) -> str:
+    """Return the versions that a contender was measured in, by all of its lines."""
+    return "; ".join(dict.fromkeys(row["versions"] for row in group))
+
+
 def spread(values: list[float], form: str) -> str:
     return f"{np.median(values):{form}} | {min(values):{form}} - {max(values):{form}}"
 
@@ -173,7 +180,7 @@ def speed(rows: list[dict]) -> str:
         ratio = np.median([base[number] / x[number] for number in x if number in base])
         memory = np.median([float(row["peak_mb"]) for row in group])
         lines.append(
-            f"| {name} | {group[0]['versions']} | {spread([*x.values()], ',.0f')} "
+            f"| {name} | {versions(group)} | {spread([*x.values()], ',.0f')} "
             f"| {ratio:.2f}x | {memory:,.0f} | {group[0]['remark']} |"
         )
     heads = [":", ":version", "steps/s, median", "lowest - highest"]
@@ -191,7 +198,7 @@ def solved(rows: list[dict]) -> str:
         count = np.median([int(row["rows"]) for row in good or group])
         memory = np.median([float(row["peak_mb"]) for row in group])
         lines.append(
-            f"| {name} | {group[0]['versions']} | {len(good)} of {len(group)} | {times} "
+            f"| {name} | {versions(group)} | {len(good)} of {len(group)} | {times} "
             f"| {count:,.0f} | {memory:,.0f} | {group[0]['remark']} |"
         )
     heads = [":", ":version", "solved", "seconds, median", "lowest - highest", "rows, median"]

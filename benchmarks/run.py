@@ -97,9 +97,11 @@ def append(table: Path, line: dict) -> None:
 
 
 def commit(folder: Path = ROOT) -> str:
-    """Return the short name of the commit at hand in a checkout."""
+    """Return the short name of the commit in a checkout, "+" behind it if a script differs."""
     words = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip()
+    name = subprocess.run(words, cwd=folder, capture_output=True, text=True).stdout.strip()
+    other = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=folder)
+    return name + "+" * other.returncode if name else name
 
 
 def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) -> dict:
@@ -108,8 +110,13 @@ def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) 
         if runs is not None:
             folder = str(runs / job.name)
         resumed = Path(folder, "checkpoint.pt").exists()
-        if not resumed:  # what a run left that was killed before its first checkpoint
+        origin, note = f"{job.flags} at {commit()}", Path(folder, "origin.txt")
+        if not resumed:  # drop what a run left that was killed before its first checkpoint
             shutil.rmtree(folder, ignore_errors=True)
+            Path(folder).mkdir(parents=True)
+            note.write_text(origin)
+        elif note.read_text() != origin:
+            raise ValueError(f"{folder} was begun with {note.read_text()}, not {origin}: delete it")
         pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
         command = [*pin, sys.executable, str(job.path or ROOT / job.script)]
         if resumed:
@@ -148,7 +155,7 @@ def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) 
         "flags": job.flags,
         "torch": version("torch"),
         "gymnasium": version("gymnasium"),
-        "commit": commit(),
+        "commit": origin.rpartition(" ")[2],
         "mujoco": version("mujoco") if find_spec("mujoco") else "",
     }
 
@@ -161,7 +168,13 @@ def run_all(
     Curves go to a folder beside the table. A run that fails leaves no line, does not stop the
     others, and makes the exit status 1.
     """
-    done = {(row["script"], row["env_id"], row["config"], row["seed"]) for row in read(table)}
+    done = {
+        (row["script"], row["env_id"], row["config"], row["seed"]): row["flags"]
+        for row in read(table)
+    }
+    for job in jobs:
+        if done.get(job.key, job.flags) != job.flags:
+            sys.exit(f"{table.name}: {' '.join(job.key)} stands there with {done[job.key]!r}")
     cores: Queue[int] = Queue()
     for core in range(processes):
         cores.put(core)
@@ -183,6 +196,10 @@ def run_all(
             except subprocess.CalledProcessError as error:
                 failed = True
                 print(f"{name}: failed with status {error.returncode}", file=sys.stderr)
+                continue
+            except ValueError as error:
+                failed = True
+                print(f"{name}: {error}", file=sys.stderr)
                 continue
             append(table, line)
             print(f"{name}: {line['eval_mean']}", flush=True)

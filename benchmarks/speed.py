@@ -78,6 +78,7 @@ ZOO = replace(  # what rl-baselines3-zoo found best for CartPole with Stable-Bas
     gamma=0.98,
     gae_lambda=0.8,
     ent_coef=0.0,
+    vf_coef=1.0,  # Stable-Baselines3's 0.5, of a loss that it does not halve
     activation="tanh",
     anneal_clip=True,
 )
@@ -323,7 +324,7 @@ def versions(contender: Contender) -> str:
 
 def measure(contender: Contender, args: Args, number: int) -> dict:
     """Return the table's line of one run."""
-    settings = replace(contender.settings, seed=number)
+    settings, at = replace(contender.settings, seed=number), commit()
     process, ticks = run(replace(contender, settings=settings), solve=args.work == "solve")
     first = ticks[BURN_IN - 1] if len(ticks) > 2 else ticks[0]
     rate = (ticks[-1]["rows"] - first["rows"]) / (ticks[-1]["time"] - first["time"])
@@ -344,14 +345,18 @@ def measure(contender: Contender, args: Args, number: int) -> dict:
         "peak_mb": round(process["peak_mb"]),
         "versions": versions(contender),
         "remark": contender.remark,
-        "settings": json.dumps(asdict(contender.settings)),
+        # The seed is the round.
+        "settings": json.dumps({k: v for k, v in asdict(settings).items() if k != "seed"}),
         "flags": " ".join(f for f in map(str, contender.flags) if "/" not in f),
-        "commit": commit(),
+        "commit": at,
     }
 
 
 def main() -> None:
     args = tyro.cli(Args)
+    for name in ("cleanrl", "leanrl", "purejaxrl"):  # contenders run in another folder
+        path = getattr(args, name)
+        setattr(args, name, path.absolute() if path else None)
     rounds = 1 if args.quick else args.rounds
     table = (RESULTS / "quick" if args.quick else RESULTS) / "speed.csv"
     keys = ("work", "threads", "contender", "round")

@@ -140,7 +140,7 @@ def test_a_table_resumes_and_a_failed_run_leaves_no_line(
         if job.seed == 2 and ran.count(2) == 1:
             raise subprocess.CalledProcessError(2, "python")
         names = ("script", "env_id", "config", "seed")
-        return dict(zip(names, job.key)) | {"eval_mean": 1.0}
+        return dict(zip(names, job.key)) | {"eval_mean": 1.0, "flags": job.flags}
 
     monkeypatch.setattr(run, "one_run", one_run)
     table = tmp_path / "new" / "table.csv"
@@ -151,6 +151,8 @@ def test_a_table_resumes_and_a_failed_run_leaves_no_line(
     run.run_all(jobs, table, 1)
     assert ran == [1, 2, 3, 2]
     assert [row["seed"] for row in run.read(table)] == ["1", "3", "2"]
+    with pytest.raises(SystemExit, match="stands there with ''"):
+        run.run_all([dataclasses.replace(jobs[0], flags="--gamma 0.9")], table, 1)
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -168,12 +170,16 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()  # after its first iteration
     ppo_discrete.train(dataclasses.replace(args, run_dir=folder), stop)
+    (folder / "origin.txt").write_text(f"{job.flags} at {run.commit()}")
     assert len(run.read(folder / "metrics.csv")) == 1
     line = run.one_run(job, 0, tmp_path / "resumed", tmp_path / "runs")
     timings = {"sps": 0, "process_seconds": 0}
     assert line | timings == whole | timings and line["process_seconds"] == ""
     curves = [(tmp_path / name / f"{job.name}.csv").read_text() for name in ("whole", "resumed")]
     assert curves[0] == curves[1]
+    other = dataclasses.replace(job, flags=f"{flags} --total-timesteps 640")
+    with pytest.raises(ValueError, match="was begun with"):
+        run.one_run(other, 0, None, tmp_path / "runs")
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
@@ -204,11 +210,11 @@ def test_solved_counts_the_seeds_that_never_were(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for number, value in enumerate(("2.0", "4.0", "")):
-        line = {"work": "solve", "threads": 1, "contender": "x", "round": number, "rows": 9}
+        line = {"work": "solve", "threads": 1, "contender": "ppo_x", "round": number, "rows": 9}
         line |= {"solved_seconds": value, "peak_mb": 1, "versions": "1", "remark": ""}
         run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
     text = report.markdown(report.Args(table="speed.csv", work="solve"))
-    assert "| x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
+    assert "| ppo_x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
 
 
 def test_details_are_marked_beyond_the_noise_only(
