@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     script, tmp_path, monkeypatch, restart_every: int, mode: str | None
 ) -> None:
     monkeypatch.setattr(script.Args, "restart_every", restart_every)
-    flags = dict(target_kl=0.02, vectorization_mode=mode)
+    flags = dict(target_kl=0.025, vectorization_mode=mode)
     script.train(small(script, tmp_path / "whole", **flags))
     args = small(script, tmp_path / "parts", **flags)
     script.train(args, StopAfter(3))
@@ -505,7 +505,7 @@ def test_two_processes_do_what_one_does_with_the_joined_batch(script, env, tmp_p
 
 def test_two_processes_stay_equal_and_resume(tmp_path) -> None:
     flags = dict(num_envs=4, num_steps=32, update_epochs=2, eval_episodes=2, checkpoint_every=3)
-    flags |= dict(norm_adv="minibatch", target_kl=0.02, total_timesteps=6 * 128)
+    flags |= dict(norm_adv="minibatch", target_kl=0.025, total_timesteps=6 * 128)
     first, second = torchrun(tmp_path, ppo_discrete, 2, **flags)
     assert all(torch.equal(first[name], second[name]) for name in first)
     saved = torch.load(tmp_path / "ppo_discrete2" / "checkpoint.pt", weights_only=True)
