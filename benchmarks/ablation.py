@@ -3,8 +3,9 @@
     python benchmarks/ablation.py --processes 2                            # lines of ablation.csv
     python benchmarks/report.py --table ablation.csv --figure ablation     # the table, the figure
 
-Each line keeps the changes of those above it. The last one is the default: its runs are taken from
-continuous.csv where they stand there. Runs that stand in the table already are not done again.
+Each line keeps the changes of those above it, down to the default, whose runs are taken from
+continuous.csv where they stand there. One more line asks whether the last two changes, the noise,
+would do by themselves. Runs that stand in the table already are not done again.
 """
 
 import sys
@@ -28,8 +29,13 @@ STEPS = {  # what is changed, and the flags that do it
         "--num-minibatches 8 --learning-rate 1e-3 --desired-kl 0.025"
     ),
     "discount 0.995": "--gamma 0.995",
+    "noise of length 1 over all actions, in units of the box": (
+        "--log-std-init None --scale-actions"
+    ),
 }
-DEFAULT = "default"  # and then noise of length 1 that falls, in units of the action box
+DEFAULT = "default"  # and then the noise falls by schedule and is not learned
+NOISE = "faithful, with the default's noise"
+LINES = [*STEPS, DEFAULT, NOISE]
 
 
 @dataclass
@@ -53,6 +59,8 @@ def main() -> None:
         flags = f"{flags} {change}".strip()
         steps[name] = flags
     steps[DEFAULT] = more
+    noise = "--log-std-init None --scale-actions --log-std-fall 1.5"
+    steps[NOISE] = f"{more} {STEPS['faithful']} {noise}".strip()
     there = {(row["env_id"], row["config"], row["seed"]) for row in read(table)}
     for row in read(RESULTS / "continuous.csv") if not args.quick else []:
         wanted = row["env_id"] in env_ids and row["seed"] in map(str, seeds)

@@ -11,6 +11,7 @@ run. Runs that stand in the table already are not done again.
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,15 +97,15 @@ class Args:
     quick: bool = False  # Acrobot, 2 seeds, 20,000 steps, few changes, to results/quick/
 
 
-def write_scripts(folder: Path) -> dict[tuple[str, str], Path]:
+def write_scripts(folder: Path, changes: Sequence[Change]) -> dict[tuple[str, str], Path]:
     """Write the patched copies with what they import; return where each change's script stands."""
     paths = {}
-    for number, change in enumerate(CHANGES):
+    for number, change in enumerate(changes):
         for script in change.scripts:
             paths[change.name, script] = ROOT / script
             if change.patches:
                 place = folder / str(number)
-                place.mkdir(exist_ok=True)
+                place.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / "gae.py", place)
                 paths[change.name, script] = place / script
                 source = patched((ROOT / script).read_text(), change.patches)
@@ -123,7 +124,7 @@ def main() -> None:
         sys.exit(f"--changes: there is no {', '.join(unknown)}")
     jobs = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_scripts(Path(folder))
+        paths = write_scripts(Path(folder), CHANGES)
         for seed in seeds:
             for script, tasks in TASKS.items():
                 for env_id, steps in tasks:

@@ -225,7 +225,7 @@ def main() -> None:
         return
     if args.rlhf_runs:
         for seed in range(1, 100):
-            metrics = args.rlhf_runs / f"reviews-{seed}" / "metrics.csv"
+            metrics = args.rlhf_runs / f"reviews-{seed}-default" / "metrics.csv"
             if metrics.exists():
                 keep(metrics, path("rlhf", seed))
     names = args.only or tuple(CASES)

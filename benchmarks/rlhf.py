@@ -1,18 +1,21 @@
 """Measure ppo_rlhf_toy.py: seeds, a sweep of beta on one reward model, and the KV cache.
 
     python benchmarks/rlhf.py                    # about 20 minutes on one core; resumes if killed
-    python benchmarks/rlhf.py --only figure      # draw benchmarks/results/rlhf.svg again
+    python benchmarks/rlhf.py --only figure      # draw results/rlhf.svg from the table again
+    python benchmarks/report.py --table rlhf.csv --part reviews    # the tables
 
-Each run is one process in a folder under --runs; one that has its results.json is not repeated.
-Prints Markdown tables and writes one line a run to benchmarks/results/rlhf.csv.
+A run is one process and one line of results/rlhf.csv; runs that stand there are not done again.
+Their folders stay under --runs: a beta is swept with the reward model of its seed's default run.
 """
 
-import csv
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,64 +23,92 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from report import pyplot  # noqa: E402
+from run import RESULTS, append, commit, read  # noqa: E402
 
 import ppo_rlhf_toy as rlhf  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
+TABLE = RESULTS / "rlhf.csv"
+# Of results.json; a task leaves empty what it has no measure of.
+MEASURES = """task seed kl_coef sft_gold sft_grammatical sft_greedy_gold rm_accuracy rm_correlation
+gold proxy grammatical greedy_gold kl length eos_rate distinct optimum_share sft_accuracy
+sft_greedy_accuracy accuracy greedy_accuracy wall_seconds""".split()
+
+
+RUNS = ROOT / "runs" / "benchmark-rlhf"
 
 
 @dataclasses.dataclass
 class Args:
     """Run the benchmark of the RLHF script."""
 
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the default runs, of beta 0 and of arithmetic
-    betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the sweep
+    seeds: tuple[int, ...] = (1, 2, 3, 4)  # of the default runs and of beta 0
+    betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.3)  # of the sweep, beside the default 0.1
     sweep_seeds: tuple[int, ...] = (1,)  # seeds that run all betas, not only 0.1 and 0
-    runs: Path = ROOT / "runs" / "benchmark-rlhf"  # where the run folders go
+    arithmetic_seeds: tuple[int, ...] = (1, 2, 3)
+    runs: Path = RUNS  # where the run folders go
     only: Literal["all", "reviews", "arithmetic", "cache", "figure"] = "all"
 
 
-def run(folder: Path, flags: dict[str, object]) -> dict:
-    """Return the results of a run, which is made unless its folder has them already."""
-    if not (folder / "results.json").exists():
-        if folder.exists():  # killed half-way; kept, under a name of its own
-            folder.rename(folder.with_name(f"{folder.name}-broken-{time.time_ns()}"))
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        command = [sys.executable, str(ROOT / "ppo_rlhf_toy.py"), f"--run-dir={folder}", *words]
-        print(" ".join(["python ppo_rlhf_toy.py", *words]), flush=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "results.json").read_text())
+@dataclasses.dataclass
+class Run:
+    """One run of the script; with a name, it is not the default's but that of a change."""
+
+    task: str
+    seed: int
+    name: str = ""
+    more: str = ""  # flags of the change
+    script: Path = ROOT / "ppo_rlhf_toy.py"
+    after: Literal["", "SFT", "reward model"] = "reward model"  # the last model it does not make
+
+    @property
+    def folder(self) -> str:
+        return "-".join((self.task, str(self.seed), self.name or "default")).replace(" ", "-")
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--task={self.task}", f"--seed={self.seed}", *self.more.split()]
 
 
-def reviews(args: Args) -> list[dict]:
-    """Run the default task, and other betas from the SFT and reward model of the same seed."""
-    rows = []
-    for seed in args.seeds:
-        folder = args.runs / f"reviews-{seed}"
-        rows.append(run(folder, {"seed": seed}))
-        loaded = {
-            "seed": seed,
-            "load_sft": folder / "sft.pt",
-            "load_reward_model": folder / "reward_model.pt",
-        }
+def wanted(args: Args) -> Iterator[Run]:
+    """Yield the runs, those with the default beta before those that need their models."""
+    for seed in args.seeds if args.only in ("all", "reviews") else ():
+        yield Run("reviews", seed)
         for beta in args.betas if seed in args.sweep_seeds else (0.0,):
-            if beta != rlhf.Args.kl_coef:
-                rows.append(run(args.runs / f"reviews-{seed}-{beta}", loaded | {"kl_coef": beta}))
-    return rows
+            yield Run("reviews", seed, f"beta {beta}", f"--kl-coef {beta}")
+    for seed in args.arithmetic_seeds if args.only in ("all", "arithmetic") else ():
+        yield Run("arithmetic", seed)
 
 
-def arithmetic(args: Args) -> list[dict]:
-    flags = {"task": "arithmetic"}
-    return [run(args.runs / f"arithmetic-{s}", flags | {"seed": s}) for s in args.seeds]
+def train(run: Run, runs: Path) -> Path:
+    """Return the folder of a run, which is made unless it has its results already."""
+    folder, loaded = runs / run.folder, []
+    if (folder / "results.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # killed half-way
+    if run.name and run.after:
+        models = train(Run(run.task, run.seed), runs)
+        loaded = [f"--load-sft={models}/sft.pt"]
+        if run.after == "reward model":
+            loaded.append(f"--load-reward-model={models}/reward_model.pt")
+    command = [sys.executable, str(run.script), f"--run-dir={folder}", *run.flags, *loaded]
+    at, environment = commit(), os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    (folder / "commit.txt").write_text(at)
+    return folder
 
 
-def markdown(rows: list[dict], keys: list[str]) -> str:
-    """Return a Markdown table."""
-    cells = [[row.get(key) for key in keys] for row in rows]
-    lines = [keys, ["---"] * len(keys)]
-    lines += [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def line_of(run: Run, folder: Path) -> dict[str, object]:
+    """Return the table's line of a finished run."""
+    results = json.loads((folder / "results.json").read_text())
+    line = {name: results.get(name) for name in MEASURES}
+    errors = [float(row["losses/first_ratio_error"]) for row in read(folder / "metrics.csv")]
+    line["first_ratio_error"] = max(errors)
+    line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
+    line |= {"flags": " ".join(run.flags), "torch": torch.__version__}
+    return line | {"commit": (folder / "commit.txt").read_text()}
 
 
 def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> list[float]:
@@ -101,23 +132,18 @@ def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> l
     return best
 
 
-def figure(rows: list[dict], path: Path) -> None:
+def figure(rows: list[dict[str, str]], path: Path) -> None:
     """Draw gold and proxy against the KL that PPO moved, one point a beta."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print("no figure: pip install matplotlib, then run again with --only figure")
-        return
-
-    rows = sorted(rows, key=lambda row: -row["kl_coef"])
-    kl = [0.0] + [row["kl"] for row in rows]
-    gold = [rows[0]["sft_gold"]] + [row["gold"] for row in rows]
-    proxy = [0.0] + [row["proxy"] for row in rows]
+    plt = pyplot()
+    rows = sorted(rows, key=lambda row: -float(row["kl_coef"]))
+    kl = [0.0] + [float(row["kl"]) for row in rows]
+    gold = [float(rows[0]["sft_gold"])] + [float(row["gold"]) for row in rows]
+    proxy = [0.0] + [float(row["proxy"]) for row in rows]
     fig, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
     right = left.twinx()
     left.plot(kl, gold, "o-", color="#1f6f8b", label="gold: what the reviews are worth (left)")
     right.plot(kl, proxy, "s--", color="#d1495b", label="proxy: the reward model's score (right)")
-    names = ["SFT"] + [f"β {row['kl_coef']:g}" for row in rows]
+    names = ["SFT"] + [f"β {float(row['kl_coef']):g}" for row in rows]
     for name, x, y in zip(names, kl, gold):
         left.annotate(name, (x, y), (0, 8), textcoords="offset points", fontsize=8, ha="center")
     left.set_xscale("symlog", linthresh=1.0)
@@ -132,42 +158,27 @@ def figure(rows: list[dict], path: Path) -> None:
     left.legend(handles=handles, loc="lower center", fontsize=8, frameon=False)
     for axis in (left, right):
         axis.spines["top"].set_visible(False)
-    fig.savefig(path)
+    fig.savefig(path, facecolor="white", metadata={"Date": None})
 
 
-def main(args: Args) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "rlhf.csv"
-    old = list(csv.DictReader(path.open())) if path.exists() else []
-    kept = {"reviews": ["arithmetic"], "arithmetic": ["reviews"]}.get(args.only, [])
-    rows = [row for row in old if row["task"] in kept]
+def main() -> None:
+    args = tyro.cli(Args)
+    done = {row["flags"] for row in read(TABLE)}
+    for run in wanted(args):
+        if " ".join(run.flags) not in done:
+            append(TABLE, line_of(run, train(run, args.runs)))
+            print(" ".join(["python ppo_rlhf_toy.py", *run.flags]), flush=True)
     if args.only in ("all", "reviews", "figure"):
-        reviews_rows = reviews(args)
-        keys = "seed kl_coef rm_accuracy rm_correlation sft_gold sft_grammatical gold proxy "
-        keys += "grammatical kl length eos_rate distinct optimum_share wall_seconds"
-        print(markdown(reviews_rows, keys.split()))
-        swept = [row for row in reviews_rows if row["seed"] in args.sweep_seeds[:1]]
-        if swept:
-            figure(swept, RESULTS / "rlhf.svg")
-        rows += reviews_rows
-    if args.only in ("all", "arithmetic"):
-        arithmetic_rows = arithmetic(args)
-        keys = "seed sft_accuracy accuracy sft_greedy_accuracy greedy_accuracy kl wall_seconds"
-        print(markdown(arithmetic_rows, keys.split()))
-        rows += arithmetic_rows
+        swept = "reviews", str(args.sweep_seeds[0])
+        rows = [r for r in read(TABLE) if (r["task"], r["seed"]) == swept]
+        if not rows:
+            sys.exit(f"nothing to draw: rlhf.csv has no line of {' '.join(swept)}")
+        figure(rows, RESULTS / "rlhf.svg")
     if args.only in ("all", "cache"):
         cached, uncached = cache_speed()
-        print(
-            f"KV cache at batch 128: {cached:,.0f} tokens/s with, {uncached:,.0f} without, ", end=""
-        )
+        print(f"cache, batch 128: {cached:,.0f} tokens/s with, {uncached:,.0f} without, ", end="")
         print(f"{cached / uncached:.1f} times")
-    if args.only in ("all", "reviews", "arithmetic"):
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main()

@@ -14,14 +14,17 @@ Parts:
                   and without
 
 The floor is what the same number of environment steps and of matrix products cost, alone and back
-to back: all else (sampling, activations, losses, Adam, logging, Python) is above it.
+to back: all else (sampling, activations, losses, Adam, logging, Python) is above it. It counts all
+rows; the loop leaves those of resets out of the update, one in twenty of CartPole's early on.
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
 import itertools
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +59,8 @@ class Args:
     quick: bool = False  # 1 round of few sizes, to results/quick/
 
 
+# For glibc's malloc, which else gives tensors of some megabytes back and asks for them again.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 # A mark goes after each of these lines: what ran since the last mark is that part of the loop.
 BEGIN = "        obs[0] = obs[T]\n"
 MARKS = {
@@ -64,10 +69,20 @@ MARKS = {
     "        # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout "
     "----------\n": "logging",  # of the episodes that ended
     "        *_, returns, values = batch\n": "advantages",
+    "        share = len(values) / sum(gather([len(values)]))  # of the rows of all processes\n": (
+        "diagnostics"
+    ),
+    "                    batch[-3:] = critique(args, agent.value(rollout[0]), rollout)\n": (
+        "advantages"
+    ),
+    "                    parameters.grad.zero_()\n": "minibatches",  # shuffled and cut
     "                    loss, parts, log_ratio = ppo_loss(agent, args, mb, "
     "run.kl_coef)\n": "forward",
     "                    loss.backward()\n": "backward",
     "                optimizer.step()\n": "optimiser",
+    "            epoch_diagnostics.append(diagnostics(torch.cat(log_ratios), args.clip_coef))\n": (
+        "diagnostics"
+    ),
     "        means = all_sum(share * torch.stack(losses).mean(0)).tolist()\n": "diagnostics",
 }
 ACTING = {
@@ -117,12 +132,18 @@ def seconds(function: Callable[[], object], least: float = 0.05) -> float:
     return best
 
 
-def matrix_products(sizes: tuple[int, ...], rows: int, backward: bool) -> float:
+def numpy_randn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def matrix_products(
+    sizes: tuple[int, ...], rows: int, backward: bool, randn: Callable = torch.randn
+) -> float:
     """Return the seconds of a network's matrix products on rows: forward, and backward if asked."""
     layers = list(itertools.pairwise(sizes))
-    inputs = [torch.randn(rows, n) for n, _ in layers]
-    weights = [torch.randn(n, m) for n, m in layers]
-    grads = [torch.randn(rows, m) for _, m in layers]
+    inputs = [randn(rows, n) for n, _ in layers]
+    weights = [randn(n, m) for n, m in layers]
+    grads = [randn(rows, m) for _, m in layers]
 
     def products() -> None:
         for i, (x, weight, grad) in enumerate(zip(inputs, weights, grads)):
@@ -148,7 +169,8 @@ def floor(args) -> tuple[float, float]:
     hidden = args.hidden_size
     actor, critic = (inputs, hidden, hidden, outputs), (inputs, hidden, hidden, 1)
     part = N * T // args.num_minibatches
-    products = T * matrix_products(actor, N, False) + matrix_products(actor, N * T, False)
+    acting = min(matrix_products(actor, N, False, x) for x in (torch.randn, numpy_randn))
+    products = T * acting + matrix_products(actor, N * T, False)
     passes = args.update_epochs if args.recompute_advantages else 1
     products += passes * matrix_products(critic, N * T, False)
     update = matrix_products(actor, part, True) + matrix_products(critic, part, True)
@@ -237,7 +259,7 @@ def environments(num_envs: int, num_steps: int = 128) -> Quantities:
     batch = num_envs * num_steps
     flags = {"num_envs": num_envs, "num_steps": num_steps, "update_epochs": 4}
     x = profiled("ppo_discrete.py", max(5, min(20, 200_000 // batch)), **flags)
-    update = sum(x.parts[part] for part in ("forward", "backward", "optimiser"))
+    update = sum(x.parts[p] for p in ("minibatches", "forward", "backward", "optimiser"))
     quantities = {
         "steps/s": batch / x.all,
         "floor, steps/s": batch / x.floor,
@@ -246,6 +268,21 @@ def environments(num_envs: int, num_steps: int = 128) -> Quantities:
         "an update, ms": 1e3 * update,
     }
     return {(f"{num_envs:,}", name): value for name, value in quantities.items()}
+
+
+def memory_kept(num_envs: int) -> Quantities:
+    """Measure the same where freed memory is kept for the next tensor, not handed back."""
+    code = "import scaling, torch; torch.set_num_threads(1); "
+    code += f"print(repr(scaling.environments({num_envs})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | KEEP_MEMORY | {"PYTHONPATH": str(ROOT / "benchmarks")},
+    )
+    quantities = ast.literal_eval(done.stdout.splitlines()[-1])
+    return {(f"{num_envs:,}, memory kept", name): x for (_, name), x in quantities.items()}
 
 
 def profile(name: str, script: str, iterations: int, **flags: object) -> Quantities:
@@ -285,6 +322,8 @@ def measurements(args: Args) -> Iterator[tuple[str, str, Callable[[], Quantities
     if "environments" in args.parts:
         for N in sizes:
             yield "environments", f"{N:,}", partial(environments, N)
+        if not quick and sys.platform == "linux":
+            yield "environments", "1,024, memory kept", partial(memory_kept, 1024)
     if "profile" in args.parts:
         cleanrl = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
         cleanrl |= {"activation": "tanh", "clip_vloss": True, "norm_adv": "minibatch"}

@@ -152,6 +152,12 @@ def ours(work: str, settings: Settings) -> list[Contender]:
     patch = f"{end}\n        common.tick((iteration + 1) * args.batch_size, {policy})"
     python = Path(sys.executable)
     eager = Contender(script.name, python, script, settings, flags, {end: patch}, checkout=ROOT)
+    eager.remark = {
+        "cart-pole": "Gymnasium's vectorised CartPole",
+        "solve": "Gymnasium's vectorised CartPole, advantages normalised over the batch",
+        "half-cheetah": "statistics move once a rollout",
+        "pong": "",
+    }[work]
     words = [sys.executable, str(script), "--help"]
     if "--compile" not in subprocess.run(words, capture_output=True, text=True).stdout:
         return [eager]

@@ -20,10 +20,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "benchmarks" / "peers"))
 
+import ablation  # noqa: E402
 import classic  # noqa: E402
 import common  # noqa: E402
 import details  # noqa: E402
 import report  # noqa: E402
+import rlhf_details  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 import speed  # noqa: E402
@@ -36,13 +38,27 @@ def test_iqm_leaves_out_the_lowest_and_the_highest_quarter() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Means of 30 numbers each: some 38 of 40 intervals hold the true difference, 0."""
+    """Five seeds each: some 380 of 400 intervals hold the true difference, 0."""
     rng = np.random.default_rng(1)
     held = 0
-    for _ in range(40):
-        low, high = report.change_interval(*rng.standard_normal((2, 30)))
+    for _ in range(400):
+        low, high = report.change_interval(*rng.standard_normal((2, 5)))
         held += low <= 0.0 <= high
-    assert 34 <= held <= 40
+    assert 370 <= held <= 390
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(3, 0.76), (5, 0.89), (10, 0.94)])
+def test_intervals_of_the_iqm_hold_the_truth_less_often_than_they_say(seeds, share) -> None:
+    """What the docstring of report.py says of them."""
+    rng = np.random.default_rng(0)
+    intervals = [report.interval(rng.standard_normal(seeds), 1000) for _ in range(400)]
+    held = np.mean([low <= 0.0 <= high for low, high in intervals])
+    assert held == pytest.approx(share, abs=0.04)
+
+
+def test_intervals_of_one_seed_or_of_equal_ones() -> None:
+    assert report.change_interval(np.ones(1), np.zeros(3)) == (-np.inf, np.inf)
+    assert report.change_interval(np.ones(3), np.zeros(3)) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("source", ["no such line", "twice twice"])
@@ -52,10 +68,13 @@ def test_a_patch_must_fit_exactly_once(source: str) -> None:
 
 
 def test_every_patch_of_the_details_fits_and_still_compiles(tmp_path: Path) -> None:
-    paths = details.write_scripts(tmp_path)
+    paths = details.write_scripts(tmp_path, details.CHANGES)
     copies = [path for path in paths.values() if path.is_relative_to(tmp_path)]
     assert len(copies) == 2 * sum(bool(change.patches) for change in details.CHANGES)
-    for path in copies:
+    more = details.write_scripts(tmp_path / "rlhf", rlhf_details.CHANGES).values()
+    patched = [path for path in more if path.is_relative_to(tmp_path)]
+    assert len(patched) == sum(bool(change.patches) for change in rlhf_details.CHANGES)
+    for path in copies + patched:
         source = path.read_text()
         assert source != (ROOT / path.name).read_text()
         compile(source, path, "exec")
@@ -91,8 +110,8 @@ def test_patches_change_what_they_name() -> None:
 def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
     flags = {"num_envs": 2, "num_steps": 16, "update_epochs": 1, "num_minibatches": 2}
     x = scaling.profiled(script, 4, **flags)
-    parts = "logging acting environment advantages forward backward optimiser diagnostics".split()
-    assert list(x.parts) == parts
+    parts = "logging acting environment advantages diagnostics minibatches forward backward"
+    assert list(x.parts) == [*parts.split(), "optimiser"]
     assert all(value > 0.0 for value in x.parts.values())
     assert x.rows == 32
     assert 0.0 < x.environment < 10.0 * x.all
@@ -221,14 +240,14 @@ def test_details_are_marked_beyond_the_noise_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    scores = {"default": (10, 11, 12), "worse": (1, 2, 3), "same": (9, 12, 12)}
+    scores = {"default": (10, 11, 12), "worse": (1, 2, 3), "same": (9, 11, 11, 13)}
     with open(tmp_path / "details.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("env_id", "config", "seed", "eval_mean"))
         for config, values in scores.items():
             writer.writerows(("E", config, seed, x) for seed, x in enumerate(values))
     text = report.markdown(report.Args(table="details.csv"))
-    assert "| worse | 2.0 ± 0.8 ▼ |" in text
+    assert "| worse | 2.0 (1, 2, 3) ▼ |" in text
     assert "| same | 11.0 ± 1.4 |" in text
 
 
@@ -246,3 +265,11 @@ def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
     assert common.evaluate(lambda obs: obs[:, 2] > 0) < common.SOLVED
     assert common.evaluate(lambda obs: np.zeros(len(obs), int)) < 12.0
     assert common.evaluate(lambda obs: obs @ (0.1, 0.5, 1.0, 1.0) > 0) == 500.0
+
+
+def test_the_ablation_ends_one_change_before_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = " ".join(ablation.STEPS.values())
+    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *flags.split()])
+    last, default = (dataclasses.asdict(x) for x in (ppo_continuous.parse(), ppo_continuous.Args()))
+    changed = {name for name in last if last[name] != default[name]}
+    assert changed == {"config", "log_std_fall"}

@@ -1,6 +1,5 @@
 """`ppo_continuous.py`: what differs from its discrete sibling, whose tests hold the rest."""
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 import ppo_continuous
 from ppo_continuous import Agent, Args, RunningMoments, UserError, train
 from tests.envs import MARK
+from tests.helpers import read_metrics, spy
 
 
 def small(run_dir: Path, **changes) -> Args:
@@ -32,24 +32,6 @@ def make_agent(env_id: str = "test/Target-v0", **changes) -> Agent:
     nn.init.normal_(agent.actor[-1].weight, std=0.3)
     nn.init.normal_(agent.log_std, std=0.3)
     return agent
-
-
-def spy(monkeypatch, name: str, owner=ppo_continuous) -> list[tuple]:
-    """Record the arguments and the result of every call of `owner.name`."""
-    calls, original = [], getattr(owner, name)
-
-    def recorder(*args):
-        result = original(*args)
-        calls.append((*args, result))
-        return result
-
-    monkeypatch.setattr(owner, name, recorder)
-    return calls
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    with open(run_dir / "metrics.csv") as file:
-        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
 
 
 # ---- The policy ------------------------------------------------------------------------------
@@ -160,7 +142,7 @@ def test_running_moments_are_those_of_all_rows() -> None:
 def test_the_moments_are_those_of_the_real_rows(monkeypatch, run_dir) -> None:
     """`PoisonBox` pays 1e6 in reset rows, and only a reset row has the marked observation."""
     seen = spy(monkeypatch, "observe", Agent)
-    gae_calls = spy(monkeypatch, "gae")
+    gae_calls = spy(monkeypatch, "gae", ppo_continuous)
     args = small(run_dir, env_id="test/PoisonBox-v0", num_envs=3, num_steps=32, gamma=0.9)
     agent, results = train(args)
     obs = np.concatenate([obs for _, obs, *_ in seen]).astype(np.float64)
@@ -178,7 +160,7 @@ def test_the_moments_are_those_of_the_real_rows(monkeypatch, run_dir) -> None:
 
 def test_statistics_stand_still_within_an_iteration(monkeypatch, run_dir) -> None:
     """So the first ratio of every update is 1, although the moments move in between."""
-    ratios = spy(monkeypatch, "clipped_surrogate")
+    ratios = spy(monkeypatch, "clipped_surrogate", ppo_continuous)
     train(small(run_dir, num_minibatches=2, update_epochs=2))
     for ratio, *_ in ratios[::4]:
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)

@@ -1,6 +1,5 @@
 """`ppo_discrete.py`: its pure functions against oracles, its training on known environments."""
 
-import csv
 import itertools
 import json
 import threading
@@ -15,30 +14,13 @@ from torch import nn
 import ppo_discrete
 from ppo_discrete import Agent, Args, UserError, train
 from tests.envs import MARK
+from tests.helpers import read_metrics, spy
 
 
 def small(run_dir: Path, **changes) -> Args:
     """Arguments of a run that takes about a second."""
     quick = dict(env_id="test/Identity-v0", num_envs=8, num_steps=16, total_timesteps=1280)
     return Args(**(quick | dict(eval_episodes=4, run_dir=run_dir) | changes))
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    with open(run_dir / "metrics.csv") as file:
-        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
-
-
-def spy(monkeypatch, name: str, owner=ppo_discrete) -> list[tuple]:
-    """Record the arguments and the result of every call of `owner.name`."""
-    calls, original = [], getattr(owner, name)
-
-    def recorder(*args):
-        result = original(*args)
-        calls.append((*args, result))
-        return result
-
-    monkeypatch.setattr(owner, name, recorder)
-    return calls
 
 
 # ---- Losses ----------------------------------------------------------------------------------
@@ -192,7 +174,7 @@ def test_one_flat_vector_trains_as_separate_tensors_do() -> None:
 
 
 def test_the_first_ratio_of_every_update_is_one(monkeypatch, run_dir) -> None:
-    calls = spy(monkeypatch, "clipped_surrogate")
+    calls = spy(monkeypatch, "clipped_surrogate", ppo_discrete)
     train(small(run_dir, env_id="CartPole-v1", num_minibatches=2, update_epochs=2))
     assert len(calls) == 10 * 4
     for ratio, *_ in calls[::4]:
@@ -206,7 +188,7 @@ def test_an_update_moves_the_parameters_as_in_stable_baselines3(monkeypatch, run
     from stable_baselines3.common.logger import Logger
 
     T, N = 32, 4
-    start, gae_calls = {}, spy(monkeypatch, "gae")
+    start, gae_calls = {}, spy(monkeypatch, "gae", ppo_discrete)
     seen = spy(monkeypatch, "log_prob_and_entropy", Agent)
 
     def remember(agent: Agent, flatten=ppo_discrete.flatten_parameters):
@@ -281,7 +263,7 @@ def test_an_update_moves_the_parameters_as_in_stable_baselines3(monkeypatch, run
 def test_reset_rows_reach_nothing(monkeypatch, run_dir) -> None:
     """`Poison` pays 1e6 in every reset row, and only a reset row has the marked observation."""
     minibatches = spy(monkeypatch, "log_prob_and_entropy", Agent)
-    losses = spy(monkeypatch, "value_loss")
+    losses = spy(monkeypatch, "value_loss", ppo_discrete)
     args = small(run_dir, env_id="test/Poison-v0", num_envs=3, num_steps=32, num_minibatches=2)
     agent, results = train(args)
     assert len(minibatches) == 13 * (1 + 20)  # the pass over all rows, 10 epochs of 2 minibatches
@@ -324,7 +306,7 @@ def test_the_critic_knows_a_time_limit_from_an_end(run_dir, kind: str) -> None:
 
 @pytest.mark.parametrize("norm_adv", ["batch", "minibatch", "none"])
 def test_advantages_are_normalised_where_asked(monkeypatch, run_dir, norm_adv: str) -> None:
-    calls = spy(monkeypatch, "clipped_surrogate")
+    calls = spy(monkeypatch, "clipped_surrogate", ppo_discrete)
     train(small(run_dir, env_id="CartPole-v1", norm_adv=norm_adv, num_minibatches=4))
     minibatch = torch.cat([calls[0][1]])
     batch = torch.cat([advantages for _, advantages, *_ in calls[:4]])
@@ -338,13 +320,13 @@ def test_advantages_are_normalised_where_asked(monkeypatch, run_dir, norm_adv: s
 def test_advantages_are_recomputed_by_the_critic_of_the_epoch(
     monkeypatch, run_dir, recompute: bool
 ) -> None:
-    calls = spy(monkeypatch, "gae")
+    calls = spy(monkeypatch, "gae", ppo_discrete)
     train(small(run_dir, total_timesteps=128, update_epochs=4, recompute_advantages=recompute))
     assert len(calls) == (4 if recompute else 1)
     for before, after in itertools.pairwise(calls):
         assert torch.equal(before[0], after[0])  # the rewards stay
         assert not torch.equal(before[1], after[1])  # the values move
-    losses = spy(monkeypatch, "value_loss")
+    losses = spy(monkeypatch, "value_loss", ppo_discrete)
     train(small(run_dir / "2", total_timesteps=128, recompute_advantages=True, num_minibatches=1))
     for values, old_values, *_ in losses:  # the clipped loss starts from the critic of the epoch
         torch.testing.assert_close(values, old_values, atol=1e-5, rtol=0)
@@ -370,7 +352,7 @@ def test_desired_kl_moves_the_learning_rate(run_dir) -> None:
 
 
 def test_target_kl_ends_an_update_early(monkeypatch, run_dir) -> None:
-    calls = spy(monkeypatch, "clipped_surrogate")
+    calls = spy(monkeypatch, "clipped_surrogate", ppo_discrete)
     train(small(run_dir, target_kl=1e-9, num_minibatches=2))
     assert len(calls) == 10 * 2  # one epoch of ten, in each of ten iterations
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import ppo_discrete
 from ppo_discrete import PIXELS, Agent, Args, UserError, make_envs, train
-from tests.test_ppo_discrete import LEARN, read_metrics, small, spy
+from tests.helpers import read_metrics, spy
+from tests.test_ppo_discrete import LEARN, small
 
 needs_atari = pytest.mark.skipif(
     importlib.util.find_spec("ale_py") is None, reason="needs the extra atari"
@@ -204,7 +205,8 @@ def test_learns_from_pictures(run_dir, monkeypatch) -> None:
 def test_the_features_kept_from_the_rollout_are_those_of_all_its_images(
     run_dir, monkeypatch
 ) -> None:
-    agents, critique, seen = spy(monkeypatch, "flatten_parameters"), ppo_discrete.critique, []
+    agents = spy(monkeypatch, "flatten_parameters", ppo_discrete)
+    critique, seen = ppo_discrete.critique, []
 
     def checked(args, values, rollout):
         seen.append(values)
@@ -219,7 +221,10 @@ def test_the_features_kept_from_the_rollout_are_those_of_all_its_images(
 def test_rewards_are_made_signs_and_a_lost_life_an_end_for_the_advantages_only(
     run_dir, monkeypatch
 ) -> None:
-    gae_calls, minibatches = spy(monkeypatch, "gae"), spy(monkeypatch, "forward", Agent)
+    gae_calls, minibatches = (
+        spy(monkeypatch, "gae", ppo_discrete),
+        spy(monkeypatch, "forward", Agent),
+    )
     flags = dict(env_id="test/Lives-v0", num_envs=4, num_steps=20, total_timesteps=320)
     _, results = train(small(run_dir / "on", sign_rewards=True, life_loss=True, **flags))
     rewards, _, _, terminated, done, *_ = gae_calls[0]
