@@ -3,9 +3,10 @@
     python benchmarks/ablation.py --processes 2                            # lines of ablation.csv
     python benchmarks/report.py --table ablation.csv --figure ablation     # the table, the figure
 
-Each line keeps the changes of those above it, down to the default, whose runs are taken from
-continuous.csv where they stand there. One more line asks whether the last two changes, the noise,
-would do by themselves. Runs that stand in the table already are not done again.
+The first lines lead from faithful to the default, the default's own runs are taken from
+continuous.csv where they stand there. The others lead from faithful to somewhere else, with the
+changes that we had tried before and that do without; "and" keeps the changes of the lines above.
+Runs that stand in the table already are not done again.
 """
 
 import sys
@@ -20,22 +21,29 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 from run import RESULTS, Job, append, read, run_all  # noqa: E402
 
 SCRIPT = "ppo_continuous.py"
-STEPS = {  # what is changed, and the flags that do it
-    "faithful": "--config faithful",
+FAITHFUL = "--config faithful"
+LENGTH_1 = "--log-std-init None --scale-actions"
+DEFAULT = "default"  # and then the noise falls by schedule and is not learned
+ELSEWHERE = {  # what else is changed, and the flags that do it
     "8 environments x 256 steps": "--num-envs 8 --num-steps 256",
-    "advantages recomputed before each epoch": "--recompute-advantages",
-    "value loss not clipped": "--no-clip-vloss",
-    "minibatches of 256, learning rate by the KL": (
+    "and advantages recomputed before each epoch": "--recompute-advantages",
+    "and value loss not clipped": "--no-clip-vloss",
+    "and minibatches of 256, learning rate by the KL": (
         "--num-minibatches 8 --learning-rate 1e-3 --desired-kl 0.025"
     ),
-    "discount 0.995": "--gamma 0.995",
-    "noise of length 1 over all actions, in units of the box": (
-        "--log-std-init None --scale-actions"
-    ),
+    "and discount 0.995": "--gamma 0.995",
+    "and noise of length 1": LENGTH_1,
+    "and the noise falls": "--log-std-fall 1.5",
 }
-DEFAULT = "default"  # and then the noise falls by schedule and is not learned
-NOISE = "faithful, with the default's noise"
-LINES = [*STEPS, DEFAULT, NOISE]
+LINES = {  # all flags of each line
+    "faithful": FAITHFUL,
+    "noise of length 1 over all actions, in units of the box": f"{FAITHFUL} {LENGTH_1}",
+    DEFAULT: "",
+}
+flags = FAITHFUL
+for name, change in ELSEWHERE.items():
+    flags = f"{flags} {change}"
+    LINES[name] = flags
 
 
 @dataclass
@@ -54,13 +62,6 @@ def main() -> None:
     if args.quick:
         seeds, env_ids, table = (1,), ("Pendulum-v1",), RESULTS / "quick" / "ablation.csv"
         more = "--total-timesteps 10000"
-    flags, steps = more, {}
-    for name, change in STEPS.items():
-        flags = f"{flags} {change}".strip()
-        steps[name] = flags
-    steps[DEFAULT] = more
-    noise = "--log-std-init None --scale-actions --log-std-fall 1.5"
-    steps[NOISE] = f"{more} {STEPS['faithful']} {noise}".strip()
     there = {(row["env_id"], row["config"], row["seed"]) for row in read(table)}
     for row in read(RESULTS / "continuous.csv") if not args.quick else []:
         wanted = row["env_id"] in env_ids and row["seed"] in map(str, seeds)
@@ -68,10 +69,10 @@ def main() -> None:
         if row["config"] == DEFAULT and wanted and key not in there:
             append(table, row)
     jobs = [
-        Job(SCRIPT, env_id, name, seed, steps[name])
+        Job(SCRIPT, env_id, name, seed, f"{more} {flags}".strip())
         for seed in seeds
         for env_id in env_ids
-        for name in steps
+        for name, flags in LINES.items()
     ]
     run_all(jobs, table, args.processes)
 

@@ -27,7 +27,7 @@ TASKS = [
     ("Acrobot-v1", 250_000, DISCRETE, ""),
     ("MountainCar-v0", 1_000_000, DISCRETE, "--norm-obs --activation tanh"),
     ("LunarLander-v3", 1_000_000, DISCRETE, ""),
-    ("Pendulum-v1", 150_000, CONTINUOUS, "--gamma 0.9 --activation relu --desired-kl None"),
+    ("Pendulum-v1", 150_000, CONTINUOUS, "--gamma 0.9 --learning-rate 1e-3 --activation relu"),
 ]
 
 

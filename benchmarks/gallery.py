@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gallery"
 CARTPOLE = "ppo_discrete.py --env-id CartPole-v1"
 LAKE = "ppo_discrete.py --env-id FrozenLake-v1 --env-kwargs is_slippery=false"
 PENDULUM = "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 150000 --gamma 0.9"
-PENDULUM += " --activation relu --desired-kl None"
+PENDULUM += " --learning-rate 1e-3 --activation relu"
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def lines_of(args: Args) -> list[dict]:
     with open(RESULTS / args.table) as file:
         rows = list(csv.DictReader(file))
     if Path(args.table).stem == "ablation":
-        rows.sort(key=lambda row: ablation.LINES.index(row["config"]))
+        rows.sort(key=lambda row: [*ablation.LINES].index(row["config"]))
     return rows
 
 

@@ -189,7 +189,7 @@ def test_normalisation_can_be_switched_off(monkeypatch, run_dir, on: bool) -> No
 # ---- Training ------------------------------------------------------------------------------------
 
 
-PENALTY = {"objective": "penalty", "desired_kl": None}
+PENALTY = {"objective": "penalty"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"squash": True}, PENALTY])
@@ -227,7 +227,7 @@ def test_the_share_of_clipped_actions_is_that_of_real_rows(monkeypatch, run_dir)
 
 @pytest.mark.parametrize("name, value", [("learning_rate", 1e-5), ("kl_coef", 7.0)])
 def test_a_flag_changed_for_a_resumed_run_counts(run_dir, name: str, value: float) -> None:
-    args = small(run_dir, objective="penalty", desired_kl=None, target_kl=1e9)
+    args = small(run_dir, objective="penalty", target_kl=1e9)
     if name == "learning_rate":
         args = small(run_dir, desired_kl=1e9)  # raised by half in every iteration
     train(args)
@@ -283,5 +283,5 @@ def test_the_faithful_configuration_sets_the_defaults(monkeypatch, flags: str) -
     ppo_continuous.main()
     (args,) = calls
     assert args.num_envs == 3  # the user's word wins
-    assert args.num_steps == (2048 if flags else 256)
-    assert args.clip_vloss == bool(flags) and args.config == ("faithful" if flags else "strong")
+    assert args.log_std_fall == (None if flags else 1.5)
+    assert args.scale_actions != bool(flags) and args.config == ("faithful" if flags else "strong")
