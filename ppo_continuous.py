@@ -53,7 +53,8 @@ from tqdm import tqdm
 from gae import gae
 
 LOG_2, LOG_2PI = math.log(2.0), math.log(2.0 * math.pi)
-FAITHFUL: dict[str, Any] = {  # the noise of Baselines and CleanRL; the default has the rest
+FAITHFUL: dict[str, Any] = {  # where Baselines and CleanRL are not the default
+    "clip_obs": 10.0,
     "log_std_init": 0.0,
     "log_std_fall": None,
     "scale_actions": False,
@@ -68,7 +69,7 @@ class UserError(ValueError):
 class Args:
     """Train a PPO agent with continuous actions, then evaluate it."""
 
-    # faithful: with the noise of Baselines and CleanRL, from which strong differs.
+    # faithful: noise and limits of Baselines and CleanRL. All else is theirs anyway.
     config: Literal["strong", "faithful"] = "strong"
     env_id: str = "Pendulum-v1"  # Gymnasium environment with Box actions
     # Keyword arguments of the environment, such as ctrl_cost_weight=0.05.
@@ -110,7 +111,8 @@ class Args:
     # clip: end an update after an epoch with a higher approx_kl. penalty: the KL to keep (0.01).
     target_kl: float | None = None
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
-    norm_obs: bool = True  # observations to mean 0, std 1, clipped to 10 (details 28, 29)
+    norm_obs: bool = True  # observations to mean 0, std 1 (detail 28)
+    clip_obs: float = 3.0  # and clipped to this; Baselines' and CleanRL's is 10 (detail 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
     # Log standard deviation of the first policy. Default: -ln(max(A, 3)) / 2, noise of length 1
     # over all A actions, less for A < 3: the more joints a robot has, the less noise in each.
@@ -147,7 +149,12 @@ class Args:
             ("num_steps", 2, np.inf, "must be at least 2, for every second row may be a reset"),
             ("seed ent_coef vf_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda", 0, 1, "must lie in [0, 1]"),
-            ("learning_rate desired_kl clip_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
+            (
+                "learning_rate desired_kl clip_coef max_grad_norm clip_obs",
+                1e-99,
+                1e99,
+                "must be > 0",
+            ),
             ("target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
         ):
             for name in names.split():
@@ -284,7 +291,8 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(log_std) if args.log_std_fall is None else nn.Buffer(log_std)
         # They are part of the agent, so that whoever saves or loads it cannot forget them.
         self.obs_moments, self.return_moments = RunningMoments(self.obs_dim), RunningMoments(1)
-        self.norm_obs, self.norm_reward = args.norm_obs, args.norm_reward
+        self.norm_obs, self.clip_obs = args.norm_obs, args.clip_obs
+        self.norm_reward = args.norm_reward
 
     def noise(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
         """Draw the noise (*shape, A) with which the policy samples."""
@@ -298,9 +306,9 @@ class Agent(nn.Module):
             self.return_moments.update(discounted_returns[:, None])
 
     def normalise_obs(self, obs: np.ndarray) -> np.ndarray:
-        """Return obs (..., D) at mean 0 and std 1, clipped to [-10, 10] (details 28, 29)."""
+        """Return obs (..., D) at mean 0 and std 1, clipped to +-clip_obs (details 28, 29)."""
         mean, std = self.obs_moments.numpy()
-        return ((obs - mean) / std).clip(-10.0, 10.0) if self.norm_obs else obs
+        return ((obs - mean) / std).clip(-self.clip_obs, self.clip_obs) if self.norm_obs else obs
 
     def scale_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """Return rewards over the std of the discounted return, clipped too (details 30, 31)."""
@@ -321,8 +329,8 @@ class Agent(nn.Module):
         obs_mean, obs_std = self.obs_moments.numpy()
 
         def act(x: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-            if self.norm_obs:
-                x = ((x - obs_mean) / obs_std).clip(-10.0, 10.0)  # as normalise_obs
+            if self.norm_obs:  # as normalise_obs
+                x = ((x - obs_mean) / obs_std).clip(-self.clip_obs, self.clip_obs)
             for weight, bias in hidden:
                 x = x @ weight + bias
                 x = np.tanh(x) if tanh else np.maximum(x, 0.0)
