@@ -135,6 +135,18 @@ def test_the_numpy_policy_samples_from_the_policy(activation: str) -> None:
     assert (act(many.numpy(), 0.0)[:, 0] == agent.actor(many).argmax(-1).numpy()).all()
 
 
+def test_the_numpy_policy_sees_normalised_observations() -> None:
+    """Also those far out, which are clipped."""
+    agent = make_agent("Acrobot-v1", norm_obs=True, clip_obs=2.0)
+    nn.init.normal_(agent.actor[-1].weight)
+    agent.observe(np.random.default_rng(0).normal(3.0, 2.0, (100, 6)), np.ones(100))
+    obs = np.random.default_rng(1).normal(0.0, 20.0, (200, 6)).astype(np.float32)
+    inputs = torch.as_tensor(agent.normalise_obs(obs), dtype=torch.float32)
+    assert (inputs.abs() == 2.0).any()
+    likeliest = agent.actor(inputs).argmax(-1).numpy()
+    assert (agent.numpy_policy()(obs, 0.0)[:, 0] == likeliest).all()
+
+
 def test_initialisation() -> None:
     """Orthogonal with gain sqrt(2), heads .01 and 1, biases 0, first policy almost uniform."""
     agent = make_agent(hidden_size=32)
