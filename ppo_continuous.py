@@ -53,8 +53,9 @@ from tqdm import tqdm
 from gae import gae
 
 LOG_2, LOG_2PI = math.log(2.0), math.log(2.0 * math.pi)
-FAITHFUL: dict[str, Any] = {  # where Baselines and CleanRL are not the default
-    "clip_obs": 10.0,
+FAITHFUL: dict[
+    str, Any
+] = {  # the noise of Baselines and CleanRL; the default has the rest of theirs
     "log_std_init": 0.0,
     "log_std_fall": None,
     "scale_actions": False,
@@ -69,7 +70,7 @@ class UserError(ValueError):
 class Args:
     """Train a PPO agent with continuous actions, then evaluate it."""
 
-    # faithful: noise and limits of Baselines and CleanRL. All else is theirs anyway.
+    # faithful: with the noise of Baselines and CleanRL; all else is theirs anyway.
     config: Literal["strong", "faithful"] = "strong"
     env_id: str = "Pendulum-v1"  # Gymnasium environment with Box actions
     # Keyword arguments of the environment, such as ctrl_cost_weight=0.05.
@@ -112,7 +113,7 @@ class Args:
     target_kl: float | None = None
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
     norm_obs: bool = True  # observations to mean 0, std 1 (detail 28)
-    clip_obs: float = 3.0  # and clipped to this; Baselines' and CleanRL's is 10 (detail 29)
+    clip_obs: float = 10.0  # and clipped to this (detail 29)
     norm_reward: bool = True  # by the std of the discounted return, clipped to 10 (30, 31)
     # Log standard deviation of the first policy. Default: -ln(max(A, 3)) / 2, noise of length 1
     # over all A actions, less for A < 3: the more joints a robot has, the less noise in each.

@@ -122,7 +122,7 @@ class Args:
     target_kl: float | None = None
     kl_coef: float = 1.0  # penalty: the first KL coefficient, beta
     norm_obs: bool = False  # observations to mean 0, std 1 (detail 28)
-    clip_obs: float = 10.0  # and clipped to this; Baselines' and CleanRL's is 10 (detail 29)
+    clip_obs: float = 10.0  # and clipped to this (detail 29)
     norm_reward: bool = False  # by the std of the discounted return, clipped to 10 (30, 31)
     sign_rewards: bool = False  # learn from the sign of a reward only (detail 19)
     life_loss: bool = False  # Atari: to the advantages, a lost life is the end (detail 16)

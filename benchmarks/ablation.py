@@ -23,7 +23,7 @@ from run import RESULTS, Job, append, read, run_all  # noqa: E402
 SCRIPT = "ppo_continuous.py"
 FAITHFUL = "--config faithful"
 LENGTH_1 = "--log-std-init None --scale-actions"
-DEFAULT = "default"  # and then observations are clipped to 3
+DEFAULT = "default"  # and then the noise falls by schedule and is not learned
 ELSEWHERE = {  # what else is changed, and the flags that do it
     "8 environments x 256 steps": "--num-envs 8 --num-steps 256",
     "and advantages recomputed before each epoch": "--recompute-advantages",
@@ -38,7 +38,6 @@ ELSEWHERE = {  # what else is changed, and the flags that do it
 LINES = {  # all flags of each line
     "faithful": FAITHFUL,
     "noise of length 1 over all actions, in units of the box": f"{FAITHFUL} {LENGTH_1}",
-    "noise falls by schedule, not learned": f"{FAITHFUL} {LENGTH_1} --log-std-fall 1.5",
     DEFAULT: "",
 }
 flags = FAITHFUL

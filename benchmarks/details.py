@@ -56,7 +56,7 @@ CHANGES = [
     Change("Adam's eps 1e-8", patches={"eps=1e-5, fused=True": "eps=1e-8, fused=True"}),
     Change("gradient not clipped", "--max-grad-norm 1e9"),
     Change("observations not normalised", "--no-norm-obs", scripts=(CONTINUOUS,)),
-    Change("observations clipped to 10", "--clip-obs 10", scripts=(CONTINUOUS,)),
+    Change("observations clipped to 3", "--clip-obs 3", scripts=(CONTINUOUS,)),
     Change("rewards not scaled", "--no-norm-reward", scripts=(CONTINUOUS,)),
     Change(
         "truncation taken for death",
