@@ -53,13 +53,8 @@ from tqdm import tqdm
 from gae import gae
 
 LOG_2, LOG_2PI = math.log(2.0), math.log(2.0 * math.pi)
-FAITHFUL: dict[
-    str, Any
-] = {  # the noise of Baselines and CleanRL; the default has the rest of theirs
-    "log_std_init": 0.0,
-    "log_std_fall": None,
-    "scale_actions": False,
-}
+# The noise of Baselines and CleanRL. All else of theirs is the default, too.
+FAITHFUL: dict[str, Any] = {"log_std_init": 0.0, "log_std_fall": None, "scale_actions": False}
 
 
 class UserError(ValueError):
