@@ -145,13 +145,8 @@ class Args:
             ("num_steps", 2, np.inf, "must be at least 2, for every second row may be a reset"),
             ("seed ent_coef vf_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda", 0, 1, "must lie in [0, 1]"),
-            (
-                "learning_rate desired_kl clip_coef max_grad_norm clip_obs",
-                1e-99,
-                1e99,
-                "must be > 0",
-            ),
-            ("target_kl kl_coef", 1e-99, 1e99, "must be > 0"),
+            ("learning_rate desired_kl clip_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
+            ("target_kl kl_coef clip_obs", 1e-99, 1e99, "must be > 0"),
         ):
             for name in names.split():
                 value = getattr(self, name)

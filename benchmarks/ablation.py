@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --processes 2                            # lines of ablation.csv
     python benchmarks/report.py --table ablation.csv --figure ablation     # the table, the figure
 
-The first lines lead from faithful to the default, the default's own runs are taken from
-continuous.csv where they stand there. The others lead from faithful to somewhere else, with the
-changes that we had tried before and that do without; "and" keeps the changes of the lines above.
+The first lines lead from faithful to the default, whose runs are taken from continuous.csv where
+they stand there. The others lead from faithful to an earlier default of ours, with many more
+changes; "and" keeps those of the lines above.
 Runs that stand in the table already are not done again.
 """
 
