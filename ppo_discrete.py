@@ -804,7 +804,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
     return agent, results
 
 
-# ---- What keeps a run. It is no part of PPO: whoever copies this file may cut it away ------------
+# ---- What keeps and reports a run. None of it is PPO; docs/en/copying.md says what may go --------
 
 
 @dataclasses.dataclass

@@ -418,17 +418,20 @@ def generate(
 
 def answer(
     args: Args, task: Task, policy: Transformer, texts: list[str], generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return the prompts (B, P) of texts and the policy's responses (B, R)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the prompts (B, P) of texts, the policy's responses and their log pi, both (B, R)."""
     prompts = pad([task.encode(text) for text in texts], True, args)
     if prompts.shape[1] + args.max_new_tokens > args.context_size:
         raise UserError(
             f"a prompt of {prompts.shape[1]} tokens does not fit: --context-size "
             f"{args.context_size} less --max-new-tokens {args.max_new_tokens}"
         )
-    parts = [generate(args, policy, part, generator)[0] for part in prompts.split(512)]
-    longest = max(part.shape[1] for part in parts)
-    return prompts, torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
+    parts = [generate(args, policy, part, generator) for part in prompts.split(512)]
+    longest = max(part.shape[1] for part, _ in parts)
+    responses, log_probs = (
+        torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in xs]) for xs in zip(*parts)
+    )
+    return prompts, responses, log_probs
 
 
 def action_mask(responses: Tensor) -> Tensor:
@@ -685,7 +688,7 @@ def ppo(
         # ---- [1] Rollout: only the policy runs; log-probs come from one pass afterwards ---------
         texts = task.prompts(args.batch_size // copies, rng)
         texts = [text for text in texts for _ in range(copies)]
-        prompts, responses = answer(args, task, policy, texts, generator)
+        prompts, responses, sampled = answer(args, task, policy, texts, generator)
         mask = action_mask(responses)  # (B, R)
 
         # ---- [2] Score: one number an answer on its EOS, the price of the KL on every token -----
@@ -750,6 +753,8 @@ def ppo(
             )
         sps = int((global_step - done) / (time.perf_counter() - loop_time))
         approx_kl, clipfrac = diagnostics(torch.cat(log_ratios), args.clip_coef)
+        # Before any step: what sampling said against the pass after it, that against the update.
+        first_log_ratios = torch.cat([(log_probs - sampled)[mask], log_ratios[0]])
         unexplained = (returns - values)[mask].var() / returns[mask].var()
         metrics = {
             "charts/episodic_return": episodic_return,
@@ -769,7 +774,7 @@ def ppo(
             "losses/entropy": entropy,
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": clipfrac,
-            "losses/first_ratio_error": (log_ratios[0].exp() - 1.0).abs().max().item(),
+            "losses/first_ratio_error": (first_log_ratios.exp() - 1.0).abs().max().item(),
             "losses/explained_variance": 1.0 - unexplained.item(),
             "losses/grad_norm": grad_norm,
             "losses/kl_coef": kl_coef,
@@ -808,7 +813,7 @@ def evaluate(
     """Return means over answers to fresh prompts; `distinct` is the share of different answers."""
     rng, generator = streams(args, 4)
     texts = task.prompts(args.eval_prompts, rng, held_out=True)
-    prompts, responses = answer(args, task, policy, texts, generator)
+    prompts, responses, _ = answer(args, task, policy, texts, generator)
     answers = task.decode(responses)
     kl = log_density(args, policy, prompts, responses)
     kl -= log_density(args, reference, prompts, responses)
@@ -841,7 +846,7 @@ def optimum_share(
     texts = [text for text in task.prompts(64, rng, held_out=True) for _ in range(32)]
     columns = []
     for model in (policy, reference):
-        prompts, responses = answer(args, task, model, texts, generator)
+        prompts, responses, _ = answer(args, task, model, texts, generator)
         densities = [log_density(args, m, prompts, responses) for m in (policy, reference)]
         columns.append([score_answers(args, task, reward_fn, texts, responses), *densities])
     # (64, 64): a row a prompt, the policy's 32 samples before the reference's.

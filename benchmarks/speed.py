@@ -120,6 +120,7 @@ class Args:
     leanrl: Path | None = None  # a checkout of LeanRL
     purejaxrl: Path | None = None  # a checkout of PureJaxRL
     only: tuple[str, ...] = ()  # contenders whose names begin so, instead of all
+    skip: tuple[str, ...] = ()  # contenders of just these names are left out
     quick: bool = False  # 1 round of fewer rows, to results/quick/
 
 
@@ -245,6 +246,7 @@ def contenders(args: Args) -> list[Contender]:
     for contender in [c for c in found if not c.python.exists()]:
         print(f"left out: {contender.name}, for there is no {contender.python}", file=sys.stderr)
         found.remove(contender)
+    found = [c for c in found if c.name not in args.skip]
     return [c for c in found if not args.only or c.name.startswith(args.only)]
 
 

@@ -168,7 +168,7 @@ def answer(run_dir: Path) -> None:
     )
     texts = ["pool :", "staff bath :"]  # of different length, so that there is padding
     generator = torch.Generator().manual_seed(1)
-    prompts, responses = rlhf.answer(args, task, policy, texts, generator)
+    prompts, responses, _ = rlhf.answer(args, task, policy, texts, generator)
     reward_fn = rlhf.learned_reward(args, task, judge)
     scores = rlhf.score_answers(args, task, reward_fn, texts, responses)
     mask = rlhf.action_mask(responses)

@@ -291,6 +291,29 @@ def test_ratio_is_one_on_the_first_minibatch(temperature):
     assert rows[-1]["losses/approx_kl"] > 1e-6  # the later ones are not 1, so it is not a constant
 
 
+def test_the_first_ratio_shows_another_temperature_and_a_shift(monkeypatch):
+    args, rows = tiny(num_iterations=1), []
+    reference = random_model(args, REVIEWS)
+    gold = lambda texts, answers: [float(len(a)) for a in answers]  # noqa: E731
+    generate, before = rlhf.generate, rlhf.Transformer.before
+
+    def colder(args, *rest, **flags):
+        return generate(dataclasses.replace(args, temperature=0.7), *rest, **flags)
+
+    def shifted(model, prompts, responses):
+        return torch.roll(before(model, prompts, responses), 1, dims=1)
+
+    for owner, name, wrong in (
+        (rlhf, "generate", colder),
+        (rlhf.Transformer, "before", shifted),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            rlhf.ppo(args, REVIEWS, reference, gold, None, lambda step, m: rows.append(m))
+    assert len(rows) == 2
+    assert min(row["losses/first_ratio_error"] for row in rows) > 0.01
+
+
 def test_reference_and_reward_model_stay_frozen():
     args = tiny()
     reference, reward_model = (random_model(args, REVIEWS, scalar) for scalar in (False, True))
