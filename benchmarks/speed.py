@@ -243,10 +243,13 @@ def contenders(args: Args) -> list[Contender]:
         own += [cleanrl(args, its_own)] if args.cleanrl else []
         own += [purejaxrl(args, its_own)] if args.purejaxrl else []
         found += [replace(c, name=f"{c.name}, its own settings") for c in own]
+    unknown = set(args.skip) - {c.name for c in found}
+    if unknown:
+        sys.exit(f"--skip: there is no {', '.join(sorted(unknown))}")
+    found = [c for c in found if c.name not in args.skip]
     for contender in [c for c in found if not c.python.exists()]:
         print(f"left out: {contender.name}, for there is no {contender.python}", file=sys.stderr)
         found.remove(contender)
-    found = [c for c in found if c.name not in args.skip]
     return [c for c in found if not args.only or c.name.startswith(args.only)]
 
 

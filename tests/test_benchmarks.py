@@ -260,6 +260,15 @@ def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert text == "|  | us |\n|---|---:|\n| (1, 2) | 2.00 |"
 
 
+def test_skip_leaves_a_contender_out_and_knows_their_names() -> None:
+    names = [c.name for c in speed.contenders(speed.Args())]
+    assert "ppo_discrete.py" in names
+    left = [c.name for c in speed.contenders(speed.Args(skip=("ppo_discrete.py",)))]
+    assert left == [name for name in names if name != "ppo_discrete.py"]
+    with pytest.raises(SystemExit, match="--skip: there is no LeanRl"):
+        speed.contenders(speed.Args(skip=("LeanRl",)))
+
+
 def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
     """By the tilt alone the pole falls; always to the left at once; by all four it stands."""
     assert common.evaluate(lambda obs: obs[:, 2] > 0) < common.SOLVED
