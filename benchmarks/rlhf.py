@@ -104,9 +104,9 @@ def line_of(run: Run, folder: Path) -> dict[str, object]:
     """Return the table's line of a finished run."""
     results = json.loads((folder / "results.json").read_text())
     line = {name: results.get(name) for name in MEASURES}
-    errors = [float(row["losses/first_ratio_error"]) for row in read(folder / "metrics.csv")]
-    line["first_ratio_error"] = max(errors)
     line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
+    errors = [float(row["losses/first_ratio_error"]) for row in read(folder / "metrics.csv")]
+    line["first_ratio_error"] = float(f"{max(errors):.2g}")
     line |= {"flags": " ".join(run.flags), "torch": torch.__version__}
     return line | {"commit": (folder / "commit.txt").read_text()}
 
