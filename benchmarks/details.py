@@ -28,6 +28,7 @@ TASKS = {  # two of each kind: environment, steps
     DISCRETE: (("Acrobot-v1", 100_000), ("LunarLander-v3", 300_000)),
     CONTINUOUS: (("HalfCheetah-v5", 300_000), ("Hopper-v5", 300_000)),
 }
+EVALUATIONS = {DISCRETE: "--eval-episodes 100", CONTINUOUS: "--eval-episodes 20"}
 HIDDEN = "nn.init.orthogonal_(linear.weight, 2**0.5)"
 HEAD = "    nn.init.orthogonal_(linear.weight, head_gain)\n"
 
@@ -138,7 +139,7 @@ def main() -> None:
                         if env_ids and env_id not in env_ids:
                             continue
                         steps = 20_000 if args.quick else steps
-                        flags = f"--total-timesteps {steps} --eval-episodes 100 {change.flags}"
+                        flags = f"--total-timesteps {steps} {EVALUATIONS[script]} {change.flags}"
                         path = paths[change.name, script]
                         jobs.append(Job(script, env_id, change.name, seed, flags.strip(), path))
         run_all(jobs, table, args.processes, curves=False)
