@@ -5,9 +5,11 @@
 
 A change of stage 3 starts from the SFT and the reward model of its seed's default run; one of an
 earlier stage makes its own from there on. What has no flag is patched in a copy of the script, made
-for the run. Runs that stand in the table already are not done again.
+for the run. Runs that stand in the table already are not done again; one that fails leaves no line,
+does not stop the others, and makes the exit status 1.
 """
 
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -75,8 +77,10 @@ CHANGES = [
     Stage("temperature 0.7", "--temperature 0.7"),
     Stage(
         "<eos> no action of PPO's",
+        # An empty answer keeps it, for without an action the score had no place.
         patches={"        mask = action_mask(responses)  # (B, R)\n": (
-            "        mask = action_mask(responses) & (responses != EOS)\n")},
+            "        mask = action_mask(responses)\n"
+            "        mask &= (responses != EOS) | (mask.sum(1, keepdim=True) == 1)\n")},
     ),
     Stage(
         "dropout 0.1 in all models",
@@ -131,7 +135,7 @@ def main() -> None:
     unknown = set(args.changes) - {change.name for change in CHANGES}
     if unknown:
         sys.exit(f"--changes: there is no {', '.join(unknown)}")
-    done = {(row["config"], row["seed"]) for row in read(TABLE)}
+    done, failed = {(row["config"], row["seed"]) for row in read(TABLE)}, False
     with tempfile.TemporaryDirectory() as folder:
         scripts = write_scripts(Path(folder), CHANGES)
         for seed in args.seeds:
@@ -142,10 +146,18 @@ def main() -> None:
                     runs.append(Run("reviews", seed, x.name, x.flags, script, x.after))
             for run in runs:
                 name = run.name or "default"
-                if (name, str(seed)) not in done:
+                if (name, str(seed)) in done:
+                    continue
+                try:
                     line = line_of(run, train(run, args.runs))
-                    append(TABLE, {"config": name} | line)
-                    print(f"{name}, seed {seed}: gold {line['gold']}", flush=True)
+                except subprocess.CalledProcessError as error:
+                    failed = True
+                    print(f"{name}, seed {seed}: failed with status {error.returncode}", flush=True)
+                    continue
+                append(TABLE, {"config": name} | line)
+                print(f"{name}, seed {seed}: gold {line['gold']}", flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
