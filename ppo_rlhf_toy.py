@@ -501,7 +501,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Return `x` brought to standard deviation 1, and mean 0 if asked, under the mask; 0 elsewhere.
 
-    Rewards keep their mean (N details): without it, a token that earns 0 would cost or pay more.
+    Rewards keep their mean m (N details): one of 0 becomes m - m / std, and else would be -m / std.
     """
     mean, std = x[mask].mean(), x[mask].std()
     return torch.where(mask, (x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean), 0.0)

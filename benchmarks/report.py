@@ -190,7 +190,7 @@ def speed(rows: list[dict]) -> str:
             f"| {ratio:.2f}x | {memory:,.0f} | {group[0]['remark']} |"
         )
     heads = [":", ":version", "steps/s, median", "lowest - highest"]
-    heads += ["ours is faster by, median of the rounds", "peak memory, MB", ":not the same"]
+    heads += ["our steps/s over theirs, median of the rounds", "peak memory, MB", ":not the same"]
     return rows_of(lines, heads) + "\n\n" + wording(rows[0])
 
 
