@@ -37,6 +37,7 @@ from scipy.stats import bootstrap, trim_mean, ttest_ind
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import ablation  # noqa: E402
+from details import CHANGES, TASKS  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 # The best published PPO at 1M steps, of versions v2 to v4: T Tianshou (v3, 10 seeds, the maximum
@@ -100,11 +101,15 @@ def rows_of(lines: list[str], heads: list[str]) -> str:
 
 
 def lines_of(args: Args) -> list[dict]:
-    """Return the table's lines, the steps of the ablation in their order."""
+    """Return the table's lines; those of the ablation and of the details in the order of these."""
     with open(RESULTS / args.table) as file:
         rows = list(csv.DictReader(file))
     if Path(args.table).stem == "ablation":
         rows.sort(key=lambda row: [*ablation.LINES].index(row["config"]))
+    elif Path(args.table).stem == "details":
+        names = [change.name for change in CHANGES]
+        env_ids = [env_id for tasks in TASKS.values() for env_id, _ in tasks]
+        rows.sort(key=lambda row: (names.index(row["config"]), env_ids.index(row["env_id"])))
     return rows
 
 
@@ -300,6 +305,7 @@ def rlhf_details(rows: list[dict]) -> str:
         "gold": "gold",
         "proxy": "proxy",
         "kl": "KL, nats",
+        "length": "tokens",
         "optimum_share": "share of the optimum",
         "rm_correlation": "reward model, correlation with gold",
         "first_ratio_error": "first ratios, off 1 by",

@@ -240,15 +240,17 @@ def test_details_are_marked_beyond_the_noise_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    scores = {"default": (10, 11, 12), "worse": (1, 2, 3), "same": (9, 11, 11, 13)}
+    worse, same = "policy head not small", "PPO-Penalty for PPO-Clip"
+    scores = {same: (9, 11, 11, 13), worse: (1, 2, 3), "default": (10, 11, 12)}
     with open(tmp_path / "details.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("env_id", "config", "seed", "eval_mean"))
         for config, values in scores.items():
-            writer.writerows(("E", config, seed, x) for seed, x in enumerate(values))
-    text = report.markdown(report.Args(table="details.csv"))
-    assert "| worse | 2.0 (1, 2, 3) ▼ |" in text
-    assert "| same | 11.0 ± 1.4 |" in text
+            writer.writerows(("Hopper-v5", config, seed, x) for seed, x in enumerate(values))
+    lines = report.markdown(report.Args(table="details.csv")).splitlines()[2:]
+    assert lines[0].startswith("| default |")  # in the order of the changes, not of the file
+    assert lines[1] == f"| {worse} | 2.0 (1, 2, 3) ▼ |"
+    assert lines[2] == f"| {same} | 11.0 ± 1.4 |"
 
 
 def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
 lines = runpy.run_path(str(DOCS / "lines.py"))
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+from run import RESULTS, read  # noqa: E402
 
 
 @functools.cache
@@ -389,7 +393,7 @@ TOPICS = [
     ("policy-gradient", "without looking at `done`", "one of three cases"),
     ("rlhf", "opposite KL", "*every*"),
     ("policy-gradient", "fitted to *returns*"),
-    ("rlhf", ".86 instead", "`<eos>` is an action"),
+    ("rlhf", "0.94 of the way", "`<eos>` is an action"),
     ("discrete", "The row that is no transition", "keeps the order of all"),
     ("continuous", "cannot\nforget them", "dreadful in evaluation"),
     ("debugging", "Healthy ranges"),
@@ -412,6 +416,46 @@ def test_all_details_are_mapped() -> None:
         assert (
             "](../../" in row or "not used, because" in row or "recipe" in row or "likewise" in row
         )
+
+
+# An effect: its words, the section with its table, the line of the table.
+EFFECT = re.compile(
+    r"\[([^]|]+)\]\(#([^)]*(?:measured-effects|测得的效果)[^)]*)\): ([^;|]+)(?=;| \|)"
+)
+WORDS = {  # nothing, lower, higher, and
+    "en": ("nothing seen", "worse on ", "better on ", ", "),
+    "zh": ("看不出差别", "变差的是 ", "变好的是 ", "、"),
+}
+MEASURES = {
+    "gold": "gold",
+    "share": "optimum_share",
+    "比例": "optimum_share",
+    "KL": "kl",
+    "first ratios off 1 by": "first_ratio_error",
+    "第一个概率比偏离 1 达": "first_ratio_error",
+}
+EFFECTS = sorted(DOCS.glob("*/details.md"))
+
+
+@pytest.mark.parametrize("page", EFFECTS, ids=lambda page: page.parent.name)
+def test_effects_of_rlhf_are_those_of_the_committed_runs(page: Path) -> None:
+    rows = read(RESULTS / "rlhf_details.csv")
+
+    def scores(config: str, measure: str) -> np.ndarray:
+        found = [row[measure] for row in rows if row["config"] == config]
+        assert found, f"{config} is no line of the table"
+        return np.array([float(x) for x in found if x])
+
+    found = [e for e in EFFECT.findall(page.read_text()) if "rlhf" in e[1]]
+    assert len(found) >= 20
+    for words, _, name in found:
+        if words == WORDS[page.parent.name][0]:
+            for measure in ("gold", "optimum_share"):
+                assert not report.mark(scores(name, measure), scores("default", measure)), name
+        else:
+            measure, value = words.rsplit(" ", 1)
+            mean = scores(name, MEASURES[measure]).mean()
+            assert value in (f"{mean:.2f}", f"{mean:.0f}"), f"{name}: {words}"
 
 
 # ---- Languages ---------------------------------------------------------------------------------
