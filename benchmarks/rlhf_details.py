@@ -76,7 +76,7 @@ CHANGES = [
     ),
     Stage("temperature 0.7", "--temperature 0.7"),
     Stage(
-        "<eos> no action of PPO's",
+        "EOS is no action",
         # An empty answer keeps it, for without an action the score had no place.
         patches={"        mask = action_mask(responses)  # (B, R)\n": (
             "        mask = action_mask(responses)\n"
