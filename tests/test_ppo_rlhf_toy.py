@@ -280,6 +280,59 @@ def test_demonstrations_are_grammatical_and_fit(task):
 # ---- The stages --------------------------------------------------------------------------------
 
 
+def test_the_scalar_head_starts_small():
+    """Deviation 1 / sqrt(d + 1) and no bias (N details, R2)."""
+    args = Args()
+    heads = [rlhf.make_model(args, REVIEWS, scalar=True).head for _ in range(40)]
+    weights = torch.stack([head.weight.detach() for head in heads])
+    assert weights.numel() == 40 * args.d_model
+    assert weights.std() == pytest.approx((args.d_model + 1) ** -0.5, rel=0.05)
+    assert all(head.bias == 0 for head in heads)
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_learning_rate_warms_up_and_falls(falls):
+    rates = []
+    args = tiny(num_iterations=5, warmup_iterations=3, learning_rate=0.6, anneal_lr=falls)
+    reference = random_model(args, LENGTHS)
+    log = lambda step, metrics: rates.append(metrics["charts/learning_rate"])  # noqa: E731
+    rlhf.ppo(args, LENGTHS, reference, LENGTHS.gold_scores, None, log)
+    expected = [0.2, 0.4, 0.36, 0.24, 0.12] if falls else [0.2, 0.4, 0.6, 0.6, 0.6]
+    assert rates == pytest.approx(expected)
+
+
+def test_every_answer_is_used_once_an_epoch_in_an_order_of_its_own(monkeypatch):
+    args = tiny(num_iterations=1, batch_size=16, num_minibatches=4, update_epochs=3)
+    reference, read, used = random_model(args, LENGTHS), [], []
+    forward = rlhf.Transformer.log_prob_and_entropy
+
+    def watched(self, prompts, responses, temperature):
+        rows = torch.cat([prompts, responses], 1).tolist()
+        (used if torch.is_grad_enabled() else read).append([tuple(row) for row in rows])
+        return forward(self, prompts, responses, temperature)
+
+    monkeypatch.setattr(rlhf.Transformer, "log_prob_and_entropy", watched)
+    rlhf.ppo(args, LENGTHS, reference, LENGTHS.gold_scores, None, no_log)
+    assert [len(rows) for rows in used] == 12 * [4]
+    epochs = [list(itertools.chain(*used[i : i + 4])) for i in (0, 4, 8)]
+    assert all(sorted(rows) == sorted(read[0]) for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_discount_reaches_the_first_word(gamma, monkeypatch):
+    """Without a critic's forecasts, and with lambda 1, the first return is gamma^(L - 1) score."""
+    calls = []
+    gae = rlhf.gae
+    monkeypatch.setattr(rlhf, "gae", lambda *a: calls.append((a, gae(*a))) or calls[-1][1])
+    assert Args().gamma == 1.0  # detail P6
+    args = tiny(num_iterations=1, gamma=gamma, gae_lambda=1.0, kl_coef=0.0)
+    rlhf.ppo(args, LENGTHS, random_model(args, LENGTHS), LENGTHS.gold_scores, None, no_log)
+    ((rewards, _, _, _, ends, *_), (_, returns)) = calls[0]
+    scores, length = rewards.sum(0), ends.float().argmax(0) + 1
+    torch.testing.assert_close(returns[0], gamma ** (length - 1) * scores)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_ratio_is_one_on_the_first_minibatch(temperature):
     args = tiny(temperature=temperature, num_iterations=3, num_minibatches=1)

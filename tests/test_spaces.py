@@ -296,6 +296,24 @@ def test_scores_of_atari_are_whole() -> None:
     assert max(rewards) == 10.0
 
 
+@needs_atari
+@pytest.mark.parametrize("switched_off", ["", "noop_max=0", "frameskip=1", "use_fire_reset=false"])
+def test_atari_begins_with_no_ops_and_fire_and_repeats_actions(switched_off: str) -> None:
+    """Details 14, 15 and 17, and their switches."""
+    kwargs = (switched_off,) if switched_off else ()
+    envs = make_envs(Args(env_id="ALE/Breakout-v5", env_kwargs=kwargs), 4)
+    nothing = np.zeros(4, dtype=int)
+    frames = [envs.reset(seed=1)[1]["episode_frame_number"]]
+    for _ in range(150):
+        *_, info = envs.step(nothing)
+        frames.append(info["episode_frame_number"])
+    assert (len(set(frames[0])) == 1) == (switched_off == "noop_max=0")
+    assert set(frames[1] - frames[0]) == {1 if switched_off == "frameskip=1" else 4}
+    # A ball that is in play is lost by doing nothing; without "fire" there is none.
+    assert (info["lives"] == 5).all() == (switched_off == "use_fire_reset=false")
+    envs.close()
+
+
 @needs_opencv
 def test_norm_obs_is_not_for_images(run_dir) -> None:
     with pytest.raises(UserError, match="--norm-obs: images are divided by 255"):
