@@ -319,6 +319,15 @@ def test_every_answer_is_used_once_an_epoch_in_an_order_of_its_own(monkeypatch):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+def test_the_value_loss_is_clipped_if_asked(clipped, monkeypatch):
+    clips, value_loss = [], rlhf.value_loss
+    monkeypatch.setattr(rlhf, "value_loss", lambda *a: clips.append(a[3]) or value_loss(*a))
+    args = tiny(num_iterations=1, clip_coef=0.3, clip_vloss=clipped)
+    rlhf.ppo(args, LENGTHS, random_model(args, LENGTHS), LENGTHS.gold_scores, None, no_log)
+    assert set(clips) == {0.3 if clipped else None}
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_the_discount_reaches_the_first_word(gamma, monkeypatch):
     """Without a critic's forecasts, and with lambda 1, the first return is gamma^(L - 1) score."""

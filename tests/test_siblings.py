@@ -8,6 +8,7 @@ import pytest
 
 import ppo_continuous
 import ppo_discrete
+import ppo_rlhf_toy
 
 SHARED = [
     "UserError",
@@ -46,6 +47,12 @@ SHARED = [
 def test_shared_functions_are_equal(name: str) -> None:
     discrete, continuous = getattr(ppo_discrete, name), getattr(ppo_continuous, name)
     assert inspect.getsource(discrete) == inspect.getsource(continuous)
+
+
+@pytest.mark.parametrize("name", ["clipped_surrogate", "value_loss"])
+def test_the_losses_of_rlhf_are_the_same(name: str) -> None:
+    rlhf, discrete = getattr(ppo_rlhf_toy, name), getattr(ppo_discrete, name)
+    assert inspect.getsource(rlhf) == inspect.getsource(discrete)
 
 
 def test_the_update_is_equal() -> None:
