@@ -21,7 +21,9 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 "Detail n" counts as in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
 
+import ast
 import atexit
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -53,7 +55,8 @@ from tqdm import tqdm
 from gae import gae
 
 LOG_2, LOG_2PI = math.log(2.0), math.log(2.0 * math.pi)
-# The noise of Baselines and CleanRL. All else of theirs is the default, too.
+# The noise of Baselines and CleanRL. All else of theirs is the default, too. Args alone, without a
+# command line, does not know: Args(config="faithful", **FAITHFUL).
 FAITHFUL: dict[str, Any] = {"log_std_init": 0.0, "log_std_fall": None, "scale_actions": False}
 
 
@@ -133,7 +136,8 @@ class Args:
         """Iterations after which all episodes begin anew, some 10,000 steps of each environment.
 
         An environment's state cannot be saved in general. A resumed run plays the same actions
-        again from the last restart instead, and so ends with the same bits.
+        again from the last restart instead, and so ends with the same bits. An episode that would
+        last longer is cut off: no log shows its return.
         """
         return max(1, 10_000 // self.num_steps)
 
@@ -174,11 +178,20 @@ class Args:
             raise UserError('--capture-video needs moviepy: pip install "gymnasium[other]"')
 
 
-def leave_ctrl_c(env: Any) -> Any:
-    """In a worker process, leave Ctrl-C to the main one, which ends the run in order."""
+def leave_signals(env: Any) -> Any:
+    """In a worker process, leave Ctrl-C and SIGTERM to the main one, to end the run in order."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return env
+
+
+def abandon(envs: gym.vector.VectorEnv) -> None:
+    """Close environments after an error; workers are killed, for a dead one never answers."""
+    for process in getattr(envs.unwrapped, "processes", ()):
+        process.kill()
+        envs.unwrapped.closed = True
+    envs.close()
 
 
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
@@ -188,18 +201,18 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """
     for pair in args.env_kwargs:
         name, _, text = pair.partition("=")
-        try:
-            kwargs[name] = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
-            kwargs[name] = text
+        kwargs[name] = text
+        for read in (ast.literal_eval, json.loads):  # None, True and .05 of the one; true, null
+            with contextlib.suppress(ValueError, SyntaxError):
+                kwargs[name] = read(text)
     flag, atari = f"--env-id {args.env_id}:", "ALE/" in args.env_id
     try:
         if atari:
             importlib.import_module("ale_py")  # registers its environments
         mode = args.vectorization_mode
-        wrappers = [leave_ctrl_c] if mode == "async" else []
+        wrappers = [leave_signals] if mode == "async" else []
         envs = gym.make_vec(args.env_id, num_envs, mode, wrappers=wrappers, **kwargs)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
         missing = atari and isinstance(error, ImportError)
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
@@ -395,8 +408,12 @@ def kl_penalised_surrogate(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
-    """Return beta, halved or doubled if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
-    return kl_coef * (2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0)
+    """Return beta, halved or doubled if the KL left [target / 1.5, 1.5 target] (PPO eq. 8).
+
+    It stays within [1e-6, 1e6], or in a long run it would get to 0 and never leave it again.
+    """
+    factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
+    return min(max(factor * kl_coef, 1e-6), 1e6)
 
 
 def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
@@ -501,8 +518,10 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     T, N = args.num_steps, args.num_envs // world_size
     mine = slice(rank * N, (rank + 1) * N)  # this process's share of all environments
+    if args.capture_video:
+        make_envs(args, 1, render_mode="rgb_array").close()  # says now if that cannot be
     envs = make_envs(args, N)
-    atexit.register(envs.close)  # after an error as well
+    atexit.register(abandon, envs)
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
@@ -541,7 +560,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
         if iteration % args.restart_every == 0:
-            run.restart(env_seed + iteration * args.num_envs + rank * N)
+            run.restart(env_seed + iteration * args.num_envs + rank * N, args.restart_every * T)
             obs[T], _ = envs.reset(seed=run.restart_seed)
             was_done = np.zeros(N, bool)
         obs[0] = obs[T]
@@ -671,7 +690,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     bar.close()
     envs.close()
-    atexit.unregister(envs.close)
+    atexit.unregister(abandon)
     if run_dir is None or writer is None:
         return agent, {}
     writer.close()
@@ -706,11 +725,16 @@ class Progress:
     last_return: float = float("nan")
     recent_returns: list[float] = dataclasses.field(default_factory=list)  # of 100 episodes
     restart_seed: int = 0  # with which all episodes last began anew
+    cut_off: bool = False  # whether that has ended one which had lasted from restart to restart
     # The actions since, each (T, N, A).
     played: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def restart(self, seed: int) -> None:
-        """Begin all episodes anew."""
+    def restart(self, seed: int, length: int) -> None:
+        """Begin all episodes anew, after `length` steps; say once if one had lasted as long."""
+        if self.episode[1].max() >= length and not self.cut_off:
+            self.cut_off = True
+            text = f"warning: an episode was cut off after {length} steps, where all begin anew"
+            tqdm.write(text, file=sys.stderr)
         self.restart_seed, self.played = seed, []
         self.episode[:] = 0.0
         self.discounted[:] = 0.0
@@ -810,6 +834,8 @@ def evaluate(
         running &= ~(terminated | truncated)
         if not running.any():
             break
+    if running.any():
+        print(f"{running.sum()} of {len(running)} episodes were cut off before their end")
     return returns, frames
 
 
@@ -869,10 +895,10 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
             there = (run_dir / "checkpoint.pt").exists()
             what = "--resume it" if there else "delete it, for it has no checkpoint yet"
             raise UserError(f"--run-dir {run_dir} holds a run: {what}, or name another")
-        write_json(run_dir / "args.json", dataclasses.asdict(args))
     else:
         lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
         write(run_dir / "metrics.csv", b"".join(lines[: run.iteration + 1]))  # and the header
+    write_json(run_dir / "args.json", dataclasses.asdict(args) | {"resume": None})
     return run_dir, SummaryWriter(run_dir, purge_step=run.global_step + 1)
 
 
@@ -939,7 +965,7 @@ def load(folder: Path) -> dict:
 def restore(
     args: Args, agent: Agent, optimizer: Adam, run: Progress, rank: int, envs: gym.vector.VectorEnv
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Take up the checkpoint; return the last observations, which end an episode, and the info.
+    """Take up the checkpoint; return the last observations, where an episode has ended, the info.
 
     An environment's state cannot be saved in general. So episodes begin anew every `restart_every`
     iterations, resumed or not, and the actions since the last restart are played again here: an
@@ -950,7 +976,8 @@ def restore(
     states, num_processes = saved["processes"], len(gather([rank]))
     if len(states) != num_processes:
         raise UserError(f"{flag} saved by {len(states)} processes, resumed by {num_processes}")
-    for name in ("config", "env_id", "num_envs", "num_steps"):
+    fixed = "config env_id num_envs num_steps seed activation norm_obs squash scale_actions"
+    for name in fixed.split():
         if getattr(args, name) != saved["args"][name]:
             raise UserError(f"{flag} --{name.replace('_', '-')} was {saved['args'][name]}")
     try:
@@ -1000,7 +1027,9 @@ def parse() -> Args:
     if folder is None:
         return args
     saved = load(folder)["args"]
-    ours = {"run_dir": folder, "resume": None, "evaluate": None, "capture_video": False}
+    ours: dict[str, Any] = dict(run_dir=folder, resume=None, evaluate=None, capture_video=False)
+    if args.evaluate is not None:
+        ours["device"] = "auto"  # the run may have been on another machine
     try:
         defaults = Args(**saved | ours | {"env_kwargs": tuple(saved["env_kwargs"])})
     except (KeyError, TypeError) as error:
@@ -1029,6 +1058,9 @@ def main() -> None:
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)
+    except (EOFError, ConnectionError):
+        print(f"{Path(__file__).name}: a process of the environments has died", file=sys.stderr)
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

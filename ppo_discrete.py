@@ -22,7 +22,9 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016,
 "Detail n" counts as in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
 
+import ast
 import atexit
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -53,9 +55,9 @@ from tqdm import tqdm
 
 from gae import gae
 
-PIXELS: dict[
-    str, Any
-] = {  # the defaults if observations are images: nearly as Baselines plays Atari
+# The defaults if observations are images, nearly as Baselines plays Atari; Args alone, without a
+# command line, does not know: Args(env_id="ALE/Pong-v5", **PIXELS).
+PIXELS: dict[str, Any] = {
     "total_timesteps": 10_000_000,
     "eval_episodes": 10,
     "learning_rate": 2.5e-4,
@@ -142,7 +144,8 @@ class Args:
         """Iterations after which all episodes begin anew, some 10,000 steps of each environment.
 
         An environment's state cannot be saved in general. A resumed run plays the same actions
-        again from the last restart instead, and so ends with the same bits.
+        again from the last restart instead, and so ends with the same bits. An episode that would
+        last longer is cut off: no log shows its return.
         """
         return max(1, 10_000 // self.num_steps)
 
@@ -224,11 +227,20 @@ def count_choices(space: gym.Space) -> list[int]:
     return [2] * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else []
 
 
-def leave_ctrl_c(env: Any) -> Any:
-    """In a worker process, leave Ctrl-C to the main one, which ends the run in order."""
+def leave_signals(env: Any) -> Any:
+    """In a worker process, leave Ctrl-C and SIGTERM to the main one, to end the run in order."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return env
+
+
+def abandon(envs: gym.vector.VectorEnv) -> None:
+    """Close environments after an error; workers are killed, for a dead one never answers."""
+    for process in getattr(envs.unwrapped, "processes", ()):
+        process.kill()
+        envs.unwrapped.closed = True
+    envs.close()
 
 
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
@@ -239,12 +251,12 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """
     for pair in args.env_kwargs:
         name, _, text = pair.partition("=")
-        try:
-            kwargs[name] = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
-            kwargs[name] = text
+        kwargs[name] = text
+        for read in (ast.literal_eval, json.loads):  # None, True and .05 of the one; true, null
+            with contextlib.suppress(ValueError, SyntaxError):
+                kwargs[name] = read(text)
     flag, mode, atari = f"--env-id {args.env_id}:", args.vectorization_mode, "ALE/" in args.env_id
-    wrappers: Sequence[Callable] = [prepare, leave_ctrl_c] if mode == "async" else [prepare]
+    wrappers: Sequence[Callable] = [prepare, leave_signals] if mode == "async" else [prepare]
     module, _, name = args.env_id.rpartition(":")
     try:
         if module or atari:
@@ -256,7 +268,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
                 kwargs = {"reward_clipping": False, **kwargs}
                 kwargs.pop("render_mode", None)
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
         missing = atari and isinstance(error, ImportError)
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
         raise UserError(f"{flag} {' '.join(str(error).split())}{hint}") from error
@@ -512,8 +524,12 @@ def kl_penalised_surrogate(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
-    """Return beta, halved or doubled if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
-    return kl_coef * (2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0)
+    """Return beta, halved or doubled if the KL left [target / 1.5, 1.5 target] (PPO eq. 8).
+
+    It stays within [1e-6, 1e6], or in a long run it would get to 0 and never leave it again.
+    """
+    factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
+    return min(max(factor * kl_coef, 1e-6), 1e6)
 
 
 def adapt_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
@@ -618,8 +634,10 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     T, N = args.num_steps, args.num_envs // world_size
     mine = slice(rank * N, (rank + 1) * N)  # this process's share of all environments
+    if args.capture_video:
+        make_envs(args, 1, render_mode="rgb_array").close()  # says now if that cannot be
     envs = make_envs(args, N)
-    atexit.register(envs.close)  # after an error as well
+    atexit.register(abandon, envs)
     agent = Agent(args, envs).to(device)
     parameters = flatten_parameters(agent)
     optimizer = Adam([parameters], eps=1e-5, fused=True)  # detail 3
@@ -653,7 +671,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
         # ---- [1] Rollout: T steps in N environments; only the policy runs ----------------------
         if iteration % args.restart_every == 0:
-            run.restart(env_seed + iteration * args.num_envs + rank * N)
+            run.restart(env_seed + iteration * args.num_envs + rank * N, args.restart_every * T)
             obs[T], info = envs.reset(seed=run.restart_seed)
             was_done = np.zeros(N, bool)
         obs[0] = obs[T]
@@ -787,7 +805,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
 
     bar.close()
     envs.close()
-    atexit.unregister(envs.close)
+    atexit.unregister(abandon)
     if run_dir is None or writer is None:
         return agent, {}
     writer.close()
@@ -822,11 +840,16 @@ class Progress:
     last_return: float = float("nan")
     recent_returns: list[float] = dataclasses.field(default_factory=list)  # of 100 episodes
     restart_seed: int = 0  # with which all episodes last began anew
+    cut_off: bool = False  # whether that has ended one which had lasted from restart to restart
     # The actions since, each (T, N, P).
     played: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def restart(self, seed: int) -> None:
-        """Begin all episodes anew."""
+    def restart(self, seed: int, length: int) -> None:
+        """Begin all episodes anew, after `length` steps; say once if one had lasted as long."""
+        if self.episode[1].max() >= length and not self.cut_off:
+            self.cut_off = True
+            text = f"warning: an episode was cut off after {length} steps, where all begin anew"
+            tqdm.write(text, file=sys.stderr)
         self.restart_seed, self.played = seed, []
         self.episode[:] = 0.0
         self.discounted[:] = 0.0
@@ -932,6 +955,8 @@ def evaluate(
         running &= ~ended
         if not running.any():
             break
+    if running.any():
+        print(f"{running.sum()} of {len(running)} episodes were cut off before their end")
     return returns, frames
 
 
@@ -991,10 +1016,10 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
             there = (run_dir / "checkpoint.pt").exists()
             what = "--resume it" if there else "delete it, for it has no checkpoint yet"
             raise UserError(f"--run-dir {run_dir} holds a run: {what}, or name another")
-        write_json(run_dir / "args.json", dataclasses.asdict(args))
     else:
         lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
         write(run_dir / "metrics.csv", b"".join(lines[: run.iteration + 1]))  # and the header
+    write_json(run_dir / "args.json", dataclasses.asdict(args) | {"resume": None})
     return run_dir, SummaryWriter(run_dir, purge_step=run.global_step + 1)
 
 
@@ -1058,7 +1083,7 @@ def load(folder: Path) -> dict:
 def restore(
     args: Args, agent: Agent, optimizer: Adam, run: Progress, rank: int, envs: gym.vector.VectorEnv
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Take up the checkpoint; return the last observations, which end an episode, and the info.
+    """Take up the checkpoint; return the last observations, where an episode has ended, the info.
 
     An environment's state cannot be saved in general. So episodes begin anew every `restart_every`
     iterations, resumed or not, and the actions since the last restart are played again here: an
@@ -1069,7 +1094,7 @@ def restore(
     states, num_processes = saved["processes"], len(gather([rank]))
     if len(states) != num_processes:
         raise UserError(f"{flag} saved by {len(states)} processes, resumed by {num_processes}")
-    for name in ("env_id", "num_envs", "num_steps"):
+    for name in "env_id num_envs num_steps seed activation norm_obs".split():
         if getattr(args, name) != saved["args"][name]:
             raise UserError(f"{flag} --{name.replace('_', '-')} was {saved['args'][name]}")
     try:
@@ -1121,7 +1146,9 @@ def parse() -> Args:
         envs.close()
         return tyro.cli(Args, default=Args(**PIXELS) if images else Args())
     saved = load(folder)["args"]
-    ours = {"run_dir": folder, "resume": None, "evaluate": None, "capture_video": False}
+    ours: dict[str, Any] = dict(run_dir=folder, resume=None, evaluate=None, capture_video=False)
+    if args.evaluate is not None:
+        ours["device"] = "auto"  # the run may have been on another machine
     try:
         defaults = Args(**saved | ours | {"env_kwargs": tuple(saved["env_kwargs"])})
     except (KeyError, TypeError) as error:
@@ -1150,6 +1177,9 @@ def main() -> None:
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)
+    except (EOFError, ConnectionError):
+        print(f"{Path(__file__).name}: a process of the environments has died", file=sys.stderr)
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

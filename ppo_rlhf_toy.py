@@ -73,7 +73,9 @@ class Args:
     num_threads: int = 1  # PyTorch's CPU threads; more help wide networks only
     load_sft: Path | None = None  # skip stage 1: sft.pt of an earlier run
     load_reward_model: Path | None = None  # skip stage 2: reward_model.pt of an earlier run
-    checkpoint_every: int = 10  # iterations of PPO between checkpoints; one more at Ctrl-C
+    checkpoint_every: int = (
+        10  # iterations of PPO between checkpoints; one more at the end or Ctrl-C
+    )
     resume: Path | None = None  # go on with the run in this folder, with its arguments
     evaluate: Path | None = None  # only evaluate the run in this folder
     eval_prompts: int = 1024  # prompts of the final evaluation, in arithmetic none trained on
@@ -125,21 +127,19 @@ class Args:
 
     def check(self) -> None:
         """Raise `UserError` for a value or a combination that cannot work."""
-        counts = "num_threads eval_prompts num_layers num_heads d_model max_new_tokens sft_steps "
-        counts += "sft_batch_size rm_pairs rm_epochs rm_batch_size num_iterations batch_size "
-        rates = "learning_rate sft_learning_rate rm_learning_rate temperature ref_kl_target "
+        counts = "num_threads eval_prompts num_layers num_heads d_model max_new_tokens sft_steps"
+        more_counts = "sft_batch_size rm_pairs rm_epochs rm_batch_size num_iterations batch_size"
+        of_ppo = "checkpoint_every warmup_iterations update_epochs num_minibatches kl_horizon"
+        rates = "learning_rate sft_learning_rate rm_learning_rate temperature ref_kl_target"
         for names, low, high, rule in (
-            (
-                counts
-                + "checkpoint_every warmup_iterations update_epochs num_minibatches kl_horizon",
-                1,
-                np.inf,
-                "must be at least 1",
-            ),
+            (counts, 1, np.inf, "must be at least 1"),
+            (more_counts, 1, np.inf, "must be at least 1"),
+            (of_ppo, 1, np.inf, "must be at least 1"),
             ("group_size", 2, np.inf, "must be at least 2"),
             ("seed kl_coef missing_eos_penalty ent_coef", 0, sys.maxsize, "must not be negative"),
             ("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1, "must lie in [0, 1]"),
-            (rates + "clip_coef vf_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
+            (rates, 1e-99, 1e99, "must be > 0"),
+            ("clip_coef vf_coef max_grad_norm", 1e-99, 1e99, "must be > 0"),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -874,6 +874,9 @@ def train(
     saved = None
     if args.resume is not None:  # the stages that are complete have left their models
         saved = load_checkpoint(args.resume)
+        begun = json.loads((args.resume / "args.json").read_text())
+        if args.batch_size != begun["batch_size"]:  # steps are counted in answers
+            raise UserError(f"--resume: --batch-size was {begun['batch_size']}")
         names = {"load_sft": "sft.pt", "load_reward_model": "reward_model.pt"}
         there = {k: args.resume / v for k, v in names.items() if (args.resume / v).exists()}
         args = dataclasses.replace(args, **there)
@@ -1079,10 +1082,10 @@ def open_run(args: Args, iterations: int) -> tuple[Path, SummaryWriter]:
             raise UserError(f"--run-dir {run_dir}: {error}") from error
         if (run_dir / "args.json").exists():
             raise UserError(f"--run-dir {run_dir} holds a run: --resume it, or name another")
-        write_json(run_dir / "args.json", dataclasses.asdict(args))
     elif (run_dir / "metrics.csv").exists():
         lines = (run_dir / "metrics.csv").read_bytes().splitlines(keepends=True)
         write(run_dir / "metrics.csv", b"".join(lines[: iterations + 1]))  # and the header
+    write_json(run_dir / "args.json", dataclasses.asdict(args) | {"resume": None})
     return run_dir, SummaryWriter(run_dir, purge_step=iterations * args.batch_size + 1)
 
 
@@ -1095,6 +1098,8 @@ def parse() -> Args:
     try:
         saved = json.loads((folder / "args.json").read_text())
         paths = {"run_dir": folder, "resume": None, "evaluate": None}
+        if args.evaluate is not None:
+            paths["device"] = "auto"  # the run may have been on another machine
         paths |= {k: Path(saved[k]) for k in ("load_sft", "load_reward_model") if saved[k]}
         defaults = Args(**saved | paths)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1111,12 +1116,15 @@ def main() -> None:
         status = 128 + number  # what a shell expects
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         args = parse()
         if args.evaluate is not None:
+            for number in (signal.SIGINT, signal.SIGTERM):  # nothing is to be saved
+                signal.signal(number, signal.SIG_DFL)
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)

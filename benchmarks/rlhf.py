@@ -83,20 +83,21 @@ def wanted(args: Args) -> Iterator[Run]:
 
 
 def train(run: Run, runs: Path) -> Path:
-    """Return the folder of a run, which is made unless it has its results already."""
-    folder, loaded = runs / run.folder, []
-    if (folder / "results.json").exists():
+    """Return the folder of a run, made unless it was, by the same flags at the same commit."""
+    folder, loaded, at = runs / run.folder, [], commit()
+    origin, note = f"{' '.join(run.flags)} at {at}", folder / "origin.txt"
+    if note.exists() and note.read_text() == origin:
         return folder
-    shutil.rmtree(folder, ignore_errors=True)  # killed half-way
+    shutil.rmtree(folder, ignore_errors=True)  # killed half-way, or of another day
     if run.name and run.after:
         models = train(Run(run.task, run.seed), runs)
         loaded = [f"--load-sft={models}/sft.pt"]
         if run.after == "reward model":
             loaded.append(f"--load-reward-model={models}/reward_model.pt")
     command = [sys.executable, str(run.script), f"--run-dir={folder}", *run.flags, *loaded]
-    at, environment = commit(), os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    (folder / "commit.txt").write_text(at)
+    note.write_text(origin)
     return folder
 
 
@@ -108,7 +109,7 @@ def line_of(run: Run, folder: Path) -> dict[str, object]:
     errors = [float(row["losses/first_ratio_error"]) for row in read(folder / "metrics.csv")]
     line["first_ratio_error"] = float(f"{max(errors):.2g}")
     line |= {"flags": " ".join(run.flags), "torch": torch.__version__}
-    return line | {"commit": (folder / "commit.txt").read_text()}
+    return line | {"commit": (folder / "origin.txt").read_text().rpartition(" ")[2]}
 
 
 def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> list[float]:

@@ -189,20 +189,24 @@ def run_all(
     failed = False
     with ThreadPoolExecutor(processes) as pool:
         todo = {pool.submit(work, job): job for job in jobs if job.key not in done}
-        for future in as_completed(todo):
-            name = " ".join(todo[future].key)
-            try:
-                line = future.result()
-            except subprocess.CalledProcessError as error:
-                failed = True
-                print(f"{name}: failed with status {error.returncode}", file=sys.stderr)
-                continue
-            except ValueError as error:
-                failed = True
-                print(f"{name}: {error}", file=sys.stderr)
-                continue
-            append(table, line)
-            print(f"{name}: {line['eval_mean']}", flush=True)
+        try:
+            for future in as_completed(todo):
+                name = " ".join(todo[future].key)
+                try:
+                    line = future.result()
+                except subprocess.CalledProcessError as error:
+                    failed = True
+                    print(f"{name}: failed with status {error.returncode}", file=sys.stderr)
+                    continue
+                except ValueError as error:
+                    failed = True
+                    print(f"{name}: {error}", file=sys.stderr)
+                    continue
+                append(table, line)
+                print(f"{name}: {line['eval_mean']}", flush=True)
+        except BaseException:  # Ctrl-C above all: begin no other run
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
         sys.exit(1)
 

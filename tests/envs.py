@@ -1,5 +1,8 @@
 """Environments whose right answer is known, registered for `gymnasium.make_vec`."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
@@ -107,6 +110,16 @@ class Broken(Identity):
             else:
                 obs = np.full_like(obs, np.inf)
         return obs, reward, terminated, truncated, info
+
+
+class Dies(Identity):
+    """Kills its own process after 50 steps, as a simulator or the kernel may."""
+
+    def step(self, action):
+        self.total = getattr(self, "total", 0) + 1
+        if self.total > 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
 
 
 class NestedIdentity(Identity):
@@ -295,7 +308,7 @@ class SameStep(Poison):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
 
-for cls in (Identity, OffsetIdentity, Constant, Broken, NestedIdentity, Matrix, Factors):
+for cls in (Identity, OffsetIdentity, Constant, Broken, Dies, NestedIdentity, Matrix, Factors):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Endless, Film, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)

@@ -25,6 +25,7 @@ import classic  # noqa: E402
 import common  # noqa: E402
 import details  # noqa: E402
 import report  # noqa: E402
+import rlhf  # noqa: E402
 import rlhf_details  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
@@ -234,6 +235,32 @@ def test_solved_counts_the_seeds_that_never_were(
         run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
     text = report.markdown(report.Args(table="speed.csv", work="solve"))
     assert "| ppo_x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
+
+
+def test_ctrl_c_begins_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def one_run(job: run.Job, *_: object) -> dict:
+        begun.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "one_run", one_run)
+    jobs = [run.Job("ppo_discrete.py", "CartPole-v1", "default", seed, "") for seed in range(50)]
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(jobs, tmp_path / "runs.csv", 1)
+    assert len(begun) < 50
+
+
+def test_a_folder_of_other_flags_is_not_taken_for_the_run(tmp_path: Path) -> None:
+    other = rlhf.Run("reviews", 1, "beta 0.0", "--kl-coef 0.7")
+    folder = tmp_path / other.folder
+    folder.mkdir()
+    (folder / "origin.txt").write_text(f"{' '.join(other.flags)} at {run.commit()}")
+    assert rlhf.train(other, tmp_path) == folder
+    wanted = rlhf.Run("reviews", 1, "beta 0.0", "--kl-coef 0.0 --no-such-flag", after="")
+    with pytest.raises(subprocess.CalledProcessError):
+        rlhf.train(wanted, tmp_path)
+    assert not folder.exists()
 
 
 def test_details_are_marked_beyond_the_noise_only(

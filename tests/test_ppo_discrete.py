@@ -70,6 +70,7 @@ def test_the_kl_penalty_is_unbiased_and_pulls_back() -> None:
 )
 def test_the_kl_coefficient_follows_the_paper(kl: float, factor: float) -> None:
     assert ppo_discrete.adapt_kl_coef(3.0, kl, 0.01) == 3.0 * factor
+    assert 1e-6 <= ppo_discrete.adapt_kl_coef(1e-6, kl, 0.01) <= 2e-6  # for it could never leave 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -719,6 +720,35 @@ def test_a_resumed_run_heeds_another_beta_and_keeps_the_curves_of_its_stages(tmp
     assert [float(row["losses/kl_coef"]) for row in rows] == [0.1, 0.1, 5.0, 5.0]
     events = EventAccumulator(str(tmp_path / "a" / "stages")).Reload()
     assert [event.step for event in events.Scalars("sft/loss")] == [25, 50, 75]
+
+
+def test_what_a_resumed_run_was_told_is_what_its_folder_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    args = tiny(run_dir=tmp_path / "a")
+    rlhf.train(args)
+    rlhf.train(dataclasses.replace(args, resume=args.run_dir, num_iterations=3, kl_coef=0.3))
+    for flag in ("--resume", "--evaluate"):
+        monkeypatch.setattr(sys, "argv", ["ppo_rlhf_toy.py", flag, str(tmp_path / "a")])
+        again = rlhf.parse()
+        assert (again.num_iterations, again.kl_coef) == (3, 0.3)
+    with pytest.raises(UserError, match="--batch-size was 16"):
+        rlhf.train(dataclasses.replace(args, resume=args.run_dir, batch_size=32))
+
+
+def test_a_signal_ends_an_evaluation_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.Reviews, "gold", Lengths.gold)
+    handlers, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    rlhf.train(tiny(run_dir=tmp_path / "a"))
+    watch = lambda *_: handlers.extend(map(signal.getsignal, numbers))  # noqa: E731
+    monkeypatch.setattr(rlhf, "evaluate_run", watch)
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf_toy.py", "--evaluate", str(tmp_path / "a")])
+    try:
+        rlhf.main()
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    assert handlers == [signal.SIG_DFL, signal.SIG_DFL]
 
 
 def test_a_run_stopped_before_ppo_goes_on(tmp_path, monkeypatch):

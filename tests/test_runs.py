@@ -94,14 +94,18 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     assert whole == parts
 
 
-def test_restarting_ends_the_episodes_and_counts_nothing_twice(tmp_path, monkeypatch) -> None:
+def test_restarting_ends_the_episodes_and_counts_nothing_twice(
+    tmp_path, monkeypatch, capsys
+) -> None:
     """An episode of 500 steps in rollouts of 32 ends only if nothing restarts it in between."""
     flags = dict(env_id="Pendulum-v1")  # 200 steps each
     monkeypatch.setattr(ppo_continuous.Args, "restart_every", 3)
     ppo_continuous.train(small(ppo_continuous, tmp_path / "cut", **flags))
     assert all(row["charts/episodic_return"] == "nan" for row in read_metrics(tmp_path / "cut"))
+    assert capsys.readouterr().err.count("an episode was cut off after 96 steps") == 1
     monkeypatch.setattr(ppo_continuous.Args, "restart_every", 100)
     ppo_continuous.train(small(ppo_continuous, tmp_path / "whole", **flags))
+    assert "cut off" not in capsys.readouterr().err
     lengths = {row["charts/episodic_length"] for row in read_metrics(tmp_path / "whole")}
     assert lengths == {"nan", "200.0"}
 
@@ -229,6 +233,9 @@ def test_a_damaged_checkpoint_is_one_clear_line(
         ("--env-id Acrobot-v1", "--env-id was CartPole-v1"),
         ("--num-envs 8", "--num-envs was 4"),
         ("--num-steps 64", "--num-steps was 32"),
+        ("--seed 2", "--seed was 1"),
+        ("--activation tanh", "--activation was relu"),
+        ("--norm-obs", "--norm-obs was False"),
         ("--checkpoint-every 0", "--checkpoint-every 0 must be at least 1"),
     ],
 )
@@ -238,6 +245,24 @@ def test_flags_that_do_not_fit_the_folder(tmp_path, monkeypatch, capsys, flags, 
         monkeypatch, capsys, ppo_discrete, f"--resume {tmp_path / 'run'} {flags}"
     )
     assert status == 2 and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize("flag", ["squash", "scale_actions"])
+def test_what_an_action_means_does_not_change(tmp_path, flag: str) -> None:
+    args = small(ppo_continuous, tmp_path / "run", squash=False, scale_actions=False)
+    ppo_continuous.train(args, StopAfter(2))
+    resumed = dataclasses.replace(args, resume=args.run_dir, **{flag: True})
+    with pytest.raises(ppo_continuous.UserError, match="was False"):
+        ppo_continuous.train(resumed)
+
+
+@both
+def test_args_json_tells_what_the_run_goes_on_with(script, tmp_path) -> None:
+    args = small(script, tmp_path / "run", gamma=0.5)
+    script.train(args, StopAfter(2))
+    script.train(dataclasses.replace(args, resume=args.run_dir, gamma=0.9), StopAfter(2))
+    written = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert written["gamma"] == 0.9 and written["resume"] is None
 
 
 def test_a_run_killed_in_its_evaluation_is_evaluated_when_resumed(tmp_path) -> None:
@@ -365,12 +390,15 @@ def test_a_run_without_a_checkpoint_may_be_deleted(script, tmp_path) -> None:
 
 
 @both
-def test_workers_leave_ctrl_c_to_the_main_process(script) -> None:
-    assert script.leave_ctrl_c("environment") == "environment"
+def test_workers_leave_signals_to_the_main_process(script) -> None:
+    assert script.leave_signals("environment") == "environment"
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # this is the main process
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(script.leave_ctrl_c, ("environment",))
-        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
+        pool.apply(script.leave_signals, ("environment",))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            assert pool.apply(signal.getsignal, (number,)) == signal.SIG_IGN
+        pool.close()  # leaving the block would end it by SIGTERM
+        pool.join()
 
 
 def test_an_error_among_workers_is_one_line_too(tmp_path) -> None:
@@ -380,6 +408,18 @@ def test_an_error_among_workers_is_one_line_too(tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("ppo_discrete.py: test"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path) -> None:
+    flags = f"--env-id tests.envs:test/Dies-v0 --num-envs 2 --run-dir {tmp_path / 'run'}"
+    command = [sys.executable, "ppo_discrete.py", *flags.split(), "--vectorization-mode", "async"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert done.returncode == 1
+    assert "ppo_discrete.py: a process of the environments has died" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -409,6 +449,40 @@ def test_evaluating_a_folder_gives_the_figures_of_the_training(
     monkeypatch.setattr(sys, "argv", [script.__file__, "--evaluate", str(tmp_path / "elsewhere")])
     script.main()
     assert capsys.readouterr().out.splitlines() == figures and len(figures) == 2
+
+
+@both
+def test_a_run_of_another_machine_is_evaluated(script, tmp_path, monkeypatch) -> None:
+    """There it was on a GPU, which this one need not have."""
+    script.train(small(script, tmp_path / "run"), StopAfter(1))
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["device"] = "cuda"
+    torch.save(saved, path)
+    for flag, device in (("--evaluate", "auto"), ("--resume", "cuda")):
+        monkeypatch.setattr(sys, "argv", [script.__file__, flag, str(tmp_path / "run")])
+        assert script.parse().device == device
+
+
+def test_an_episode_without_an_end_is_told_of(capsys) -> None:
+    args = ppo_discrete.Args(env_id="CliffWalking-v1", env_kwargs=("max_episode_steps=None",))
+    envs = ppo_discrete.make_envs(args, 2)
+    agent = ppo_discrete.Agent(args, envs)
+    with torch.no_grad():
+        agent.actor[-1].bias[0] = 100.0  # always up
+    returns, _ = ppo_discrete.evaluate(agent, envs, 1, deterministic=True)
+    assert returns.tolist() == [-10_000.0, -10_000.0]
+    assert "2 of 2 episodes were cut off" in capsys.readouterr().out
+
+
+@both
+@pytest.mark.filterwarnings("ignore:.*render_mode")
+def test_what_cannot_be_filmed_is_known_before_the_training(script, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: True)
+    env_id = "test/Identity-v0" if script is ppo_discrete else "test/Target-v0"
+    with pytest.raises(script.UserError, match="render_mode"):
+        script.train(small(script, tmp_path / "run", capture_video=True, env_id=env_id))
+    assert not (tmp_path / "run").exists()
 
 
 @both

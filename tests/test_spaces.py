@@ -11,6 +11,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
+import ppo_continuous
 import ppo_discrete
 from ppo_discrete import PIXELS, Agent, Args, UserError, make_envs, train
 from tests.helpers import read_metrics, spy
@@ -318,6 +319,17 @@ def test_atari_begins_with_no_ops_and_fire_and_repeats_actions(switched_off: str
 def test_norm_obs_is_not_for_images(run_dir) -> None:
     with pytest.raises(UserError, match="--norm-obs: images are divided by 255"):
         train(pixels(run_dir, env_id="test/Picture-v0", norm_obs=True))
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous])
+def test_keyword_arguments_are_read_as_python_or_json(script, monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **kwargs: seen.update(kwargs) or 1 / 0)
+    texts = "a=.05 b=None c=true d=False e=(1,2) f=[3] g=8x8 h=1e-3 i=null j=".split()
+    with pytest.raises(ZeroDivisionError):
+        script.make_envs(script.Args(env_kwargs=tuple(texts)), 1)
+    expected = dict(a=0.05, b=None, c=True, d=False, e=(1, 2), f=[3], g="8x8", h=1e-3, i=None, j="")
+    assert {k: seen[k] for k in expected} == expected
 
 
 # ---- Everything ----------------------------------------------------------------------------------
