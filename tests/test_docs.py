@@ -422,8 +422,8 @@ EFFECT = re.compile(
     r"\[([^]|]+)\]\(#([^)]*(?:measured-effects|测得的效果)[^)]*)\): ([^;|]+)(?=;| \|)"
 )
 WORDS = {  # nothing, lower, higher, and
-    "en": ("nothing seen", "worse on ", "better on ", ", "),
-    "zh": ("看不出差别", "变差的是 ", "变好的是 ", "、"),
+    "en": ("within chance", "worse on ", "better on ", ", "),
+    "zh": ("未超出偶然", "变差的是 ", "变好的是 ", "、"),
 }
 MEASURES = {
     "gold": "gold",
