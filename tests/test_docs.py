@@ -437,6 +437,23 @@ EFFECTS = sorted(DOCS.glob("*/details.md"))
 
 
 @pytest.mark.parametrize("page", EFFECTS, ids=lambda page: page.parent.name)
+def test_effects_are_those_of_the_committed_runs(page: Path) -> None:
+    nothing, worse, better, comma = WORDS[page.parent.name]
+    effects = report.differences(report.lines_of(report.Args(table="details.csv")))
+    found = [e for e in EFFECT.findall(page.read_text()) if "rlhf" not in e[1]]
+    assert len(found) >= 20
+    for words, _, name in found:
+        marks = {
+            env_id.rpartition("-")[0]: report.mark(x, effects["default"][env_id])
+            for env_id, x in effects[name].items()
+        }
+        tasks = {sign: [t for t, m in marks.items() if m.strip() == sign] for sign in "▼▲"}
+        parts = [w + comma.join(tasks[sign]) for w, sign in ((worse, "▼"), (better, "▲"))]
+        parts = [part for part, sign in zip(parts, "▼▲") if tasks[sign]]
+        assert words == (comma.join(parts) or nothing), name
+
+
+@pytest.mark.parametrize("page", EFFECTS, ids=lambda page: page.parent.name)
 def test_effects_of_rlhf_are_those_of_the_committed_runs(page: Path) -> None:
     rows = read(RESULTS / "rlhf_details.csv")
 
