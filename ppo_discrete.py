@@ -1177,8 +1177,9 @@ def main() -> None:
             evaluate_run(args, args.evaluate)
         else:
             train(args, stop)
-    except (EOFError, ConnectionError):
-        print(f"{Path(__file__).name}: a process of the environments has died", file=sys.stderr)
+    except (EOFError, ConnectionError) as error:
+        reason = f"{error!r}: has a process of the environments died?"
+        print(f"{Path(__file__).name}: {reason}", file=sys.stderr)
         sys.exit(1)
     except (UserError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
