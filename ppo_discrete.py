@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -1025,9 +1026,8 @@ def open_run(args: Args, run: Progress) -> tuple[Path, SummaryWriter]:
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, metrics: dict) -> None:
     """Add the metrics to TensorBoard and to metrics.csv."""
-    for name, value in metrics.items():
-        if np.isfinite(value):
-            writer.add_scalar(name, value, step)
+    values = [Summary.Value(tag=k, simple_value=x) for k, x in metrics.items() if np.isfinite(x)]
+    writer.file_writer.add_summary(Summary(value=values), step)  # one by one takes 7 times as long
     with open(run_dir / "metrics.csv", "a") as file:
         if file.tell() == 0:
             print("global_step", *metrics, sep=",", file=file)
