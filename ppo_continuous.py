@@ -85,7 +85,7 @@ class Args:
     checkpoint_every: int = 25  # iterations between checkpoints; one more at the end or at Ctrl-C
     resume: Path | None = None  # go on with the run in this folder, with its arguments
     evaluate: Path | None = None  # only evaluate the run in this folder
-    capture_video: bool = False  # write an mp4 of an episode of the final policy
+    capture_video: bool = False  # an mp4 of an episode of the final policy, 2,000 steps at most
     eval_episodes: int = 20  # episodes of each final evaluation, deterministic and stochastic
 
     learning_rate: float = 3e-4  # Adam's learning rate at the start
@@ -820,13 +820,13 @@ def evaluate(
     """Return the undiscounted returns (E,) of E whole episodes, cut off after 10,000 steps.
 
     Each has an environment of its own: the first E to end in a few would be the short ones.
-    The first one's pictures come second, if `filming`.
+    The first one's pictures, 2,000 at most, come second, if `filming`.
     """
     act, rng = agent.numpy_policy(), np.random.default_rng(seed)
     obs, _ = envs.reset(seed=seed)
     returns, running, frames = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), []
-    for _ in range(10_000):
-        if filming and running[0]:
+    for t in range(10_000):
+        if filming and running[0] and t < 2_000:  # a picture may take a megabyte
             frames.append(envs.render()[0])
         noise = 0.0 if deterministic else agent.noise(rng, envs.num_envs)
         step = envs.step(agent.to_env(act(obs.astype(np.float32), noise)))

@@ -98,7 +98,7 @@ class Args:
     checkpoint_every: int = 25  # iterations between checkpoints; one more at the end or at Ctrl-C
     resume: Path | None = None  # go on with the run in this folder, with its arguments
     evaluate: Path | None = None  # only evaluate the run in this folder
-    capture_video: bool = False  # write an mp4 of an episode of the final policy
+    capture_video: bool = False  # an mp4 of an episode of the final policy, 2,000 steps at most
     eval_episodes: int = 100  # episodes of each final evaluation, deterministic and stochastic
 
     learning_rate: float = 2.5e-3  # Adam's learning rate at the start
@@ -935,15 +935,15 @@ def evaluate(
     """Return the undiscounted returns (E,) of E whole episodes.
 
     They are cut off after 10,000 steps, games with images after 30,000. Each has an environment of
-    its own: the first E to end in a few would be the short ones. The first one's pictures come
-    second, if `filming`: of an environment that draws none, what the agent sees.
+    its own: the first E to end in a few would be the short ones. The first one's pictures,
+    2,000 at most, come second, if `filming`: if it draws none, what the agent sees.
     """
     act, rng = agent.numpy_policy(), np.random.default_rng(seed)
     obs, info = envs.reset(seed=seed)
     returns, running, frames = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), []
     ended = ~running
-    for _ in range(30_000 if agent.sees_images else 10_000):  # an Atari game may take 27,000
-        if filming and running[0]:
+    for t in range(30_000 if agent.sees_images else 10_000):  # an Atari game may take 27,000
+        if filming and running[0] and t < 2_000:  # a picture may take a megabyte
             draws = envs.render_mode == "rgb_array"
             frames.append(envs.render()[0] if draws else np.stack([obs[0, -1]] * 3, axis=-1))
         noise = 0.0 if deterministic else agent.noise(rng, envs.num_envs)
@@ -1056,7 +1056,8 @@ def warn(metrics: dict, streaks: dict[str, int]) -> None:
 def save(run_dir: Path | None, args: Args, agent: Agent, optimizer: Adam, run: Progress) -> None:
     """Write checkpoint.pt in `run_dir`, if this process has one; each adds what it alone knows."""
     state = vars(run) | {"rngs": [rng.bit_generator.state for rng in run.rngs]}
-    state |= {"played": np.array(run.played)}
+    small = np.uint8 if agent.choices[1] <= 256 else np.int64  # bytes: an eighth of the file
+    state |= {"played": np.array(run.played, small)}
     state = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     processes = gather([state])
     if run_dir is not None:

@@ -1,10 +1,11 @@
-"""What it costs to keep a run, and what processes and compiling bring, each beside its opposite.
+"""What keeping a run costs, what processes and compiling bring: lines of results/keeping.csv.
 
-    python benchmarks/keeping.py                     # processes and compiling: a Markdown table
+    python benchmarks/keeping.py                     # processes and compiling, beside without
     python benchmarks/keeping.py --what checkpoints  # their share of the loop's time
     python benchmarks/keeping.py --what kills        # 50 times kill -9 and --resume, then compare
+    python benchmarks/report.py --table keeping.csv --part gains
 
-Every comparison takes turns (A B A B ...), and its ratio is the median over the rounds.
+A gain is of runs that take turns (A B A B ...). `kills` writes no line, it prints what came out.
 """
 
 import csv
@@ -16,18 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
-import numpy as np
-import torch
-import tyro
-
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import gymnasium as gym  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from run import RESULTS  # noqa: E402
+from scaling import Measurement, Quantities, take  # noqa: E402
+
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CART = (
     "ppo_discrete.py",
     "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4 "
@@ -76,7 +82,7 @@ class Args:
     """Compare."""
 
     what: Literal["gains", "checkpoints", "kills"] = "gains"
-    rounds: int = 5  # turns of each comparison, or runs of each script
+    rounds: int = 5  # times that each measurement is taken; the table shows medians
     kills: int = 50  # kills: how often
     seconds: float = 8.0  # kills: a process lives at most so long after its start
 
@@ -126,43 +132,40 @@ def share_of_checkpoints(script: str, flags: str) -> float:
     return seconds / (int(last["global_step"]) / float(last["charts/SPS"]))
 
 
-def checkpoints(rounds: int) -> None:
-    """Print what they take of each script's loop."""
-    for script, flags in (CART, CHEETAH):
-        shares = [100.0 * share_of_checkpoints(script, flags) for _ in range(rounds)]
-        spread = f"{min(shares):.2f} - {max(shares):.2f}"
-        print(f"{script} {flags}: {np.median(shares):.2f} % ({spread})")
+def checkpoints(script: str, flags: str) -> Quantities:
+    """Measure what checkpoints take of a script's loop."""
+    share = share_of_checkpoints(script, flags)
+    return {(f"{script} {flags}", "checkpoints, % of the time"): 100.0 * share}
 
 
-def gains(rounds: int) -> None:
-    """Print the table of processes and compiling."""
+def gain(name: str, script: str, flags: str, more: str, launch: tuple[str, ...]) -> Quantities:
+    """Measure a script with `more` flags or launched by `launch`, and without."""
+    with tempfile.TemporaryDirectory() as cache:  # of what is compiled: empty, as on the first day
+        without = train(script, flags, (), cache)
+        first, again = (train(script, flags + more, launch, cache) for _ in range(2))
+    quantities = {
+        "steps/s without": without["rate"],
+        "with": first["rate"],
+        "times": first["rate"] / without["rate"],
+        "begins later by, s": first["begin"] - without["begin"],
+        "the second time, s": again["begin"] - without["begin"],
+    }
+    return {(name, quantity): value for quantity, value in quantities.items()}
+
+
+def measurements(what: str) -> Iterator[Measurement]:
+    """Yield what is to be measured."""
     slow = "--env-id benchmarks.keeping:Slow-v0 --total-timesteps 8192 --num-envs 8 --num-steps 128"
-    rows = []
-    for name, script, flags, more, launch in (
-        ("2 processes, environment of 2 ms a step", "ppo_discrete.py", slow, "", tuple(TORCHRUN)),
-        ("--compile, CartPole", *CART, " --compile", ()),
-        ("--compile, HalfCheetah", *CHEETAH, " --compile", ()),
-    ):
-        without, first, again = [], [], []
-        for _ in range(rounds):
-            with tempfile.TemporaryDirectory() as cache:  # empty, as on the first day
-                without.append(train(script, flags, (), cache))
-                first.append(train(script, flags + more, launch, cache))
-                again.append(train(script, flags + more, launch, cache))
-        ratios = [b["rate"] / a["rate"] for a, b in zip(without, first)]
-        rates = [np.median([x["rate"] for x in side]) for side in (without, first)]
-        extra = [
-            np.median([b["begin"] - a["begin"] for a, b in zip(without, side)])
-            for side in (first, again)
-        ]
-        rows.append(
-            f"| {name} | {rates[0]:,.0f} | {rates[1]:,.0f} | {np.median(ratios):.2f} "
-            f"| {min(ratios):.2f} - {max(ratios):.2f} | {extra[0]:.1f} | {extra[1]:.1f} |"
-        )
-        print(rows[-1], file=sys.stderr, flush=True)
-    print("| | steps/s without | with | ratio, median | lowest - highest ", end="")
-    print("| begins later by, s | the second time, s |")
-    print("|---|---:|---:|---:|---:|---:|---:|", *rows, sep="\n")
+    if what == "gains":
+        for name, *run in (
+            ("2 processes, environment of 2 ms a step", "ppo_discrete.py", slow, "", TORCHRUN),
+            ("--compile, CartPole", *CART, " --compile", ()),
+            ("--compile, HalfCheetah", *CHEETAH, " --compile", ()),
+        ):
+            yield what, name, partial(gain, name, *run)
+    else:
+        for script, flags in (CART, CHEETAH):
+            yield what, f"{script} {flags}", partial(checkpoints, script, flags)
 
 
 def kills(count: int, longest: float) -> None:
@@ -204,12 +207,10 @@ def kills(count: int, longest: float) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    if args.what == "gains":
-        gains(args.rounds)
-    elif args.what == "checkpoints":
-        checkpoints(args.rounds)
-    else:
+    if args.what == "kills":
         kills(args.kills, args.seconds)
+    else:
+        take(RESULTS / "keeping.csv", args.rounds, lambda: measurements(args.what))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ from run import RESULTS, append, commit, patched, read  # noqa: E402
 import ppo_continuous  # noqa: E402
 
 Quantities = dict[tuple[str, str], float]  # (line, column) of the part's table: value
+# The part, the name of a line or column, and the function that measures it.
+Measurement = tuple[str, str, Callable[[], Quantities]]
 PARTS = ("environments", "profile", "atari", "gae", "rlhf")
 
 
@@ -257,10 +259,11 @@ def atari(iterations: int) -> Quantities:
     return lines | {("Pong, 8 environments", "rollout / alone"): rollout / bare}
 
 
-def environments(num_envs: int, num_steps: int = 128) -> Quantities:
+def environments(num_envs: int, num_minibatches: int = 4) -> Quantities:
     """Measure the loop, its update alone and the floor at one number of environments."""
-    batch = num_envs * num_steps
-    flags = {"num_envs": num_envs, "num_steps": num_steps, "update_epochs": 4}
+    batch = num_envs * 128
+    flags = {"num_envs": num_envs, "num_steps": 128, "update_epochs": 4}
+    flags["num_minibatches"] = num_minibatches
     x = profiled("ppo_discrete.py", max(5, min(20, 200_000 // batch)), **flags)
     update = sum(x.parts[p] for p in ("minibatches", "forward", "backward", "optimiser"))
     quantities = {
@@ -270,7 +273,8 @@ def environments(num_envs: int, num_steps: int = 128) -> Quantities:
         "rows of a batch": batch,
         "an update, ms": 1e3 * update,
     }
-    return {(f"{num_envs:,}", name): value for name, value in quantities.items()}
+    case = f"{num_envs:,}" + f", {num_minibatches} minibatches" * (num_minibatches != 4)
+    return {(case, name): value for name, value in quantities.items()}
 
 
 def memory_kept(num_envs: int) -> Quantities:
@@ -318,13 +322,16 @@ def rlhf_tokens(batch_size: int, length: int) -> Quantities:
     }
 
 
-def measurements(args: Args) -> Iterator[tuple[str, str, Callable[[], Quantities]]]:
-    """Yield part, name of a line or column, and the function that measures it."""
+def measurements(args: Args) -> Iterator[Measurement]:
+    """Yield what is to be measured."""
     quick = args.quick
     sizes = (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096)
     if "environments" in args.parts:
         for N in sizes:
             yield "environments", f"{N:,}", partial(environments, N)
+        for N in () if quick else (1024, 4096):  # minibatches of as many rows as those of 256
+            name = f"{N:,}, {N // 64} minibatches"
+            yield "environments", name, partial(environments, N, N // 64)
         if not quick and sys.platform == "linux":
             yield "environments", "1,024, memory kept", partial(memory_kept, 1024)
     if "profile" in args.parts:
@@ -361,6 +368,23 @@ def measurements(args: Args) -> Iterator[tuple[str, str, Callable[[], Quantities
                 yield "rlhf", name, partial(rlhf_tokens, batch_size, length)
 
 
+def take(table: Path, rounds: int, measurements: Callable[[], Iterable[Measurement]]) -> None:
+    """Take all measurements in turn, round after round; what stands in the table is not redone."""
+    done = {
+        (row["part"], row[k], row["round"]) for row in read(table) for k in ("case", "quantity")
+    }
+    for number in range(1, rounds + 1):
+        for part, name, measure in measurements():
+            if (part, name, str(number)) in done:
+                continue
+            quantities = measure()
+            for (case, quantity), value in quantities.items():
+                line = {"part": part, "case": case, "quantity": quantity, "round": number}
+                line |= {"value": f"{value:.5g}", "torch": torch.__version__, "commit": commit()}
+                append(table, line)
+            print(f"{part}, {name}, round {number}", flush=True)
+
+
 def main() -> None:
     args = tyro.cli(Args)
     unknown = set(args.parts) - set(PARTS)
@@ -370,19 +394,7 @@ def main() -> None:
         os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)
     table = (RESULTS / "quick" if args.quick else RESULTS) / "scaling.csv"
-    done = {
-        (row["part"], row[k], row["round"]) for row in read(table) for k in ("case", "quantity")
-    }
-    for number in range(1, (1 if args.quick else args.rounds) + 1):
-        for part, name, measure in measurements(args):
-            if (part, name, str(number)) in done:
-                continue
-            quantities = measure()
-            for (case, quantity), value in quantities.items():
-                line = {"part": part, "case": case, "quantity": quantity, "round": number}
-                line |= {"value": f"{value:.5g}", "torch": torch.__version__, "commit": commit()}
-                append(table, line)
-            print(f"{part}, {name}, round {number}", flush=True)
+    take(table, 1 if args.quick else args.rounds, lambda: measurements(args))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,26 @@ class OffsetIdentity(Identity):
         return super().step(action - 5)
 
 
+class Dial(gym.Env):
+    """Its observation is the sum of all actions, -5 to `choices` - 6; 40 steps."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+
+    def __init__(self, choices: int = 300):
+        self.action_space = Discrete(choices, start=-5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.sum, self.steps = self.np_random.normal(), 0
+        return np.array([self.sum / 100], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.int64(action))
+        self.sum += action
+        self.steps += 1
+        return np.array([self.sum / 100], np.float32), -abs(self.sum), False, self.steps == 40, {}
+
+
 class Constant(gym.Env):
     """Reward 1 a step, whatever is done, for `length` steps; the observation is the step's one-hot.
 
@@ -308,9 +328,9 @@ class SameStep(Poison):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
 
-for cls in (Identity, OffsetIdentity, Constant, Broken, Dies, NestedIdentity, Matrix, Factors):
+for cls in (Identity, OffsetIdentity, Dial, Constant, Broken, Dies, NestedIdentity):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
-for cls in (Endless, Film, TwoActions):
+for cls in (Matrix, Factors, Endless, Film, TwoActions):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 for cls in (Masked, MaskedByMethod, Parts, Bits):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import shutil
 import subprocess
 import sys
@@ -278,6 +279,31 @@ def test_details_are_marked_beyond_the_noise_only(
     assert lines[0].startswith("| default |")  # in the order of the changes, not of the file
     assert lines[1] == f"| {worse} | 2.0 (1, 2, 3) ▼ |"
     assert lines[2] == f"| {same} | 11.0 ± 1.4 |"
+
+
+def test_a_measurement_that_stands_in_the_table_is_not_taken_again(tmp_path: Path) -> None:
+    calls = []
+
+    def measure(name: str) -> scaling.Quantities:
+        calls.append(name)
+        return {(name, "ms"): 0.123456789}
+
+    def take(rounds: int, *names: str) -> None:
+        measurements = [("part", name, functools.partial(measure, name)) for name in names]
+        scaling.take(tmp_path / "scaling.csv", rounds, lambda: measurements)
+
+    take(1, "a")
+    take(2, "a", "b")
+    take(2, "a", "b")
+    assert calls == ["a", "b", "a", "b"]  # rounds are taken in turn
+    lines = run.read(tmp_path / "scaling.csv")
+    assert [(line["case"], line["round"]) for line in lines] == [
+        ("a", "1"),
+        ("b", "1"),
+        ("a", "2"),
+        ("b", "2"),
+    ]
+    assert {line["value"] for line in lines} == {"0.12346"}
 
 
 def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

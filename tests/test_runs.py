@@ -95,6 +95,21 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     assert whole == parts
 
 
+@pytest.mark.parametrize("choices, dtype", [(256, torch.uint8), (300, torch.int64)])
+def test_the_actions_of_a_checkpoint_are_small_and_are_played_again(
+    tmp_path, choices: int, dtype: torch.dtype
+) -> None:
+    flags = dict(env_id="test/Dial-v0", env_kwargs=(f"choices={choices}",), learning_rate=1e-5)
+    args = small(ppo_discrete, tmp_path / "parts", **flags)
+    ppo_discrete.train(args, StopAfter(3))
+    saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    played = saved["processes"][0]["played"]
+    assert played.dtype == dtype and played.shape == (3, 32, 4, 1) and played.max() > 200
+    ppo_discrete.train(dataclasses.replace(args, resume=args.run_dir))
+    ppo_discrete.train(small(ppo_discrete, tmp_path / "whole", **flags))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_restarting_ends_the_episodes_and_counts_nothing_twice(
     tmp_path, monkeypatch, capsys
 ) -> None:
@@ -493,6 +508,21 @@ def test_a_video_shows_an_episode_of_the_final_policy(script, tmp_path, capsys) 
     pytest.importorskip("moviepy")
     script.train(small(script, tmp_path / "run", capture_video=True, total_timesteps=128))
     assert [p.stat().st_size > 1000 for p in (tmp_path / "run").glob("*.mp4")] == [True]
+
+
+@both
+def test_a_video_stays_short(script) -> None:
+    """An episode of 10,000 pictures of a megabyte would fill the memory."""
+    env_id = "CartPole-v1" if script is ppo_discrete else "Pendulum-v1"
+    args = script.Args(env_id=env_id, env_kwargs=("max_episode_steps=3000",))
+    envs = script.make_envs(args, 1)
+    agent = script.Agent(args, envs)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    envs.unwrapped.render_mode, envs.unwrapped.render = "rgb_array", lambda: [picture]
+    if script is ppo_discrete:  # it never falls
+        envs.unwrapped.theta_threshold_radians = envs.unwrapped.x_threshold = np.inf
+    _, frames = script.evaluate(agent, envs, 0, True, filming=True)
+    assert len(frames) == 2_000
 
 
 # ---- Guard rails -------------------------------------------------------------------------------
