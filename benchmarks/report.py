@@ -75,7 +75,7 @@ class Args:
     figure: str = ""  # the figure's name, by default the first environment's
     work: str = "cart-pole"  # of speed.csv: cart-pole, half-cheetah, pong or solve
     threads: int = 1  # of speed.csv
-    part: str = "environments"  # of scaling.csv; of rlhf.csv the task: reviews, arithmetic
+    part: str = "environments"  # of scaling.csv or keeping.csv; of rlhf.csv: reviews, arithmetic
     pages: tuple[Path, ...] = ()  # pages whose tables are brought up to date, instead of printing
 
 
@@ -239,7 +239,10 @@ def wording(row: dict) -> str:
 def scaling(rows: list[dict], part: str) -> str:
     """Return a part of scaling.csv: a line a case, a column a quantity, medians over rounds."""
     cells = defaultdict(list)
-    for row in [row for row in rows if row["part"] == part]:
+    of_part = [row for row in rows if row["part"] == part]
+    if not of_part:
+        sys.exit(f"--part {part}: there are {', '.join(dict.fromkeys(r['part'] for r in rows))}")
+    for row in of_part:
         cells[row["case"], row["quantity"]].append(float(row["value"]))
     cases, quantities = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
@@ -255,7 +258,9 @@ def scaling(rows: list[dict], part: str) -> str:
 
 def rlhf(rows: list[dict], task: str) -> str:
     """Return a line a run of the task: seeds at the default beta and, of reviews, without a KL."""
-    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}[task]
+    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}.get(task)
+    if betas is None:
+        sys.exit(f"--part {task}: there are reviews, arithmetic")
     rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
     columns = {

@@ -306,6 +306,14 @@ def test_a_measurement_that_stands_in_the_table_is_not_taken_again(tmp_path: Pat
     assert {line["value"] for line in lines} == {"0.12346"}
 
 
+@pytest.mark.parametrize(
+    "table, parts", [("scaling.csv", "atari, "), ("rlhf.csv", "reviews, arithmetic")]
+)
+def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
+    with pytest.raises(SystemExit, match=f"--part nonsense: there are {parts}"):
+        report.markdown(report.Args(table=table, part="nonsense"))
+
+
 def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for number, value in enumerate((1.0, 5.0, 2.0)):
