@@ -780,7 +780,7 @@ def compile_loss(agent: Agent, args: Args, parameters: nn.Parameter) -> Callable
     """Return a compiled function of a minibatch and kl_coef that fills `parameters.grad`.
 
     It gives the parts and log-ratios of `ppo_loss`. Loss and gradient are one graph, for compiling
-    the loss and then calling backward() gains nothing. The first call takes half a minute.
+    the loss and then calling backward() gains nothing. The first call takes some 20 seconds.
     """
 
     class Loss(nn.Module):
