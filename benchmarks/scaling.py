@@ -310,11 +310,15 @@ def gae_times(T: int, N: int) -> Quantities:
     return {(case, form): x for case, row in times.items() for form, x in row.items()}
 
 
+def answers(number: int, length: int) -> str:
+    return f"{number} answer{'s' * (number > 1)} of {length} tokens"
+
+
 def rlhf_tokens(batch_size: int, length: int) -> Quantities:
     import rlhf
 
     cached, uncached = rlhf.cache_speed(batch_size, length, repeats=3)
-    case = f"{batch_size} answers of {length} tokens"
+    case = answers(batch_size, length)
     return {
         (case, "with the cache, tokens/s"): cached,
         (case, "without, tokens/s"): uncached,
@@ -364,7 +368,7 @@ def measurements(args: Args) -> Iterator[Measurement]:
     if "rlhf" in args.parts:
         for length in (24,) if quick else (24, 64, 128):
             for batch_size in (8, 128) if quick else (1, 8, 32, 128, 512):
-                name = f"{batch_size} answers of {length} tokens"
+                name = answers(batch_size, length)
                 yield "rlhf", name, partial(rlhf_tokens, batch_size, length)
 
 
