@@ -687,7 +687,7 @@ def train(args: Args, stop: threading.Event | None = None) -> tuple[Agent, dict]
                 masks[t + 1] = agent.masks(info, terminated[t] | truncated[t])
                 lives[t + 1] = info.get("lives", 0)
         features[T] = agent.see(obs[T])
-        run.played.append(actions.copy())
+        run.played.append(actions.astype(np.uint8 if agent.choices[1] <= 256 else np.int64))
         done = terminated | truncated
         real = ~np.concatenate([was_done[None], done[:-1]])  # (T, N), False in reset rows
         was_done = done[-1]
@@ -1056,8 +1056,7 @@ def warn(metrics: dict, streaks: dict[str, int]) -> None:
 def save(run_dir: Path | None, args: Args, agent: Agent, optimizer: Adam, run: Progress) -> None:
     """Write checkpoint.pt in `run_dir`, if this process has one; each adds what it alone knows."""
     state = vars(run) | {"rngs": [rng.bit_generator.state for rng in run.rngs]}
-    small = np.uint8 if agent.choices[1] <= 256 else np.int64  # bytes: an eighth of the file
-    state |= {"played": np.array(run.played, small)}
+    state |= {"played": np.array(run.played)}
     state = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     processes = gather([state])
     if run_dir is not None:
