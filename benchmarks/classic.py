@@ -17,7 +17,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from run import RESULTS, Job, run_all  # noqa: E402
+from run import RESULTS, Job, check_names, run_all  # noqa: E402
 
 SB3 = ROOT / "benchmarks" / "peers" / "learn_sb3.py"
 DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
@@ -47,6 +47,7 @@ def main() -> None:
     if args.quick:
         env_ids, seeds, share = ("CartPole-v1", "Pendulum-v1"), (1, 2), 0.2
         table = RESULTS / "quick" / "classic.csv"
+    check_names("--env-ids", env_ids, (env_id for env_id, *_ in TASKS))
     jobs = []
     for seed in seeds:
         for env_id, steps, script, more in TASKS:

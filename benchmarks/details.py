@@ -20,7 +20,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from run import RESULTS, Job, patched, run_all  # noqa: E402
+from run import RESULTS, Job, check_names, patched, run_all  # noqa: E402
 
 DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
 BOTH = (DISCRETE, CONTINUOUS)
@@ -123,9 +123,8 @@ def main() -> None:
     if args.quick:
         seeds, env_ids, table = (1, 2), ("Acrobot-v1",), RESULTS / "quick" / "details.csv"
         names = ("advantages not normalised", "reset rows learned from", "no entropy bonus")
-    unknown = set(names) - {change.name for change in CHANGES}
-    if unknown:
-        sys.exit(f"--changes: there is no {', '.join(unknown)}")
+    check_names("--changes", names, (change.name for change in CHANGES))
+    check_names("--env-ids", env_ids, (env_id for tasks in TASKS.values() for env_id, _ in tasks))
     jobs = []
     with tempfile.TemporaryDirectory() as folder:
         paths = write_scripts(Path(folder), CHANGES)

@@ -21,6 +21,10 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from run import check_names  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "gallery"
 CARTPOLE = "ppo_discrete.py --env-id CartPole-v1"
 LAKE = "ppo_discrete.py --env-id FrozenLake-v1 --env-kwargs is_slippery=false"
@@ -220,6 +224,7 @@ def outcomes() -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
+    check_names("--only", args.only, CASES)
     if args.ranges:
         print(ranges(), outcomes(), sep="\n\n")
         return

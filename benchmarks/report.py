@@ -21,7 +21,6 @@ the truth in 94 % of cases with 10 seeds, 89 % with 5, 76 % with 3. A difference
 configurations is therefore judged by Welch's t interval instead.
 """
 
-import csv
 import json
 import re
 import shlex
@@ -38,6 +37,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import ablation  # noqa: E402
 from details import CHANGES, TASKS  # noqa: E402
+from run import check_names, read  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 # The best published PPO at 1M steps, of versions v2 to v4: T Tianshou (v3, 10 seeds, the maximum
@@ -102,8 +102,9 @@ def rows_of(lines: list[str], heads: list[str]) -> str:
 
 def lines_of(args: Args) -> list[dict]:
     """Return the table's lines; those of the ablation and of the details in the order of these."""
-    with open(RESULTS / args.table) as file:
-        rows = list(csv.DictReader(file))
+    rows = read(RESULTS / args.table)
+    if not rows:
+        sys.exit(f"--table {args.table}: benchmarks/results/ has no such table")
     if Path(args.table).stem == "ablation":
         rows.sort(key=lambda row: [*ablation.LINES].index(row["config"]))
     elif Path(args.table).stem == "details":
@@ -239,11 +240,10 @@ def wording(row: dict) -> str:
 def scaling(rows: list[dict], part: str) -> str:
     """Return a part of scaling.csv: a line a case, a column a quantity, medians over rounds."""
     cells = defaultdict(list)
-    of_part = [row for row in rows if row["part"] == part]
-    if not of_part:
-        sys.exit(f"--part {part}: there are {', '.join(dict.fromkeys(r['part'] for r in rows))}")
-    for row in of_part:
-        cells[row["case"], row["quantity"]].append(float(row["value"]))
+    check_names("--part", [part], (row["part"] for row in rows))
+    for row in rows:
+        if row["part"] == part:
+            cells[row["case"], row["quantity"]].append(float(row["value"]))
     cases, quantities = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
     def cell(case: str, quantity: str) -> str:
@@ -258,10 +258,9 @@ def scaling(rows: list[dict], part: str) -> str:
 
 def rlhf(rows: list[dict], task: str) -> str:
     """Return a line a run of the task: seeds at the default beta and, of reviews, without a KL."""
-    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}.get(task)
-    if betas is None:
-        sys.exit(f"--part {task}: there are reviews, arithmetic")
-    rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas]
+    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}
+    check_names("--part", [task], betas)
+    rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas[task]]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
     columns = {
         "reviews": {
@@ -388,10 +387,25 @@ def draw_details(args: Args) -> Path:
     return save(figure, args, args.figure)
 
 
-def seeds_on_a_grid(args: Args, env_id: str, config: str) -> tuple[np.ndarray, np.ndarray]:
+def drawn(args: Args, env_id: str) -> dict[str, tuple[str, str]]:
+    """Return what is drawn of an environment: script and configuration of each label.
+
+    Where peers were run on it, too, that is ours and theirs.
+    """
+    pairs = {row["script"]: row["config"] for row in lines_of(args) if row["env_id"] == env_id}
+    if len(pairs) < 2:
+        return {config: (args.script, config) for config in args.configs}
+    return {"ours" if pair[0].startswith("ppo_") else pair[0]: pair for pair in pairs.items()}
+
+
+def seeds_on_a_grid(
+    args: Args, env_id: str, script: str, config: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Return steps (200,) and the learning curves of all seeds at them (seeds, 200)."""
-    pattern = f"{Path(args.script).stem}__{env_id}__{config}__*.csv".replace("/", "-")
+    pattern = f"{Path(script).stem}__{env_id}__{config}__*.csv".replace("/", "-")
     paths = sorted((RESULTS / args.table).parent.glob(f"curves/{pattern}"))
+    if not paths:
+        sys.exit(f"there is no curve of {script} on {env_id}, configuration {config}")
     curves = [np.loadtxt(path, delimiter=",", skiprows=1) for path in paths]
     grid = np.linspace(0, min(curve[-1, 0] for curve in curves), 200)
     return grid, np.array([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
@@ -406,17 +420,18 @@ def draw(args: Args) -> Path:
     size = (7, 3.2) if len(args.curves) < 3 else (2.6 * columns, 2.3 * rows)
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, env_id in zip(panels.flat, args.curves):
-        for colour, config in zip(colours, args.configs):
-            grid, seeds = seeds_on_a_grid(args, env_id, config)
-            axes.plot(grid, seeds.T, color=colour, alpha=0.3 / len(args.configs), linewidth=0.8)
-            axes.plot(grid, np.median(seeds, axis=0), color=colour, linewidth=2, label=config)
+        labels = drawn(args, env_id)
+        for colour, (label, (script, config)) in zip(colours, labels.items()):
+            grid, seeds = seeds_on_a_grid(args, env_id, script, config)
+            axes.plot(grid, seeds.T, color=colour, alpha=0.3 / len(labels), linewidth=0.8)
+            axes.plot(grid, np.median(seeds, axis=0), color=colour, linewidth=2, label=label)
         axes.set_title(env_id, fontsize="medium")
         axes.xaxis.set_major_formatter(lambda x, _: thousands(x))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.supxlabel("environment steps", fontsize="medium")
     figure.supylabel("return while training", fontsize="medium")
-    if len(args.configs) > 1:
+    if len(labels) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return save(figure, args, args.figure or args.curves[0])
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 from details import Change, write_scripts  # noqa: E402
 from rlhf import RUNS, Run, line_of, train  # noqa: E402
-from run import RESULTS, append, read  # noqa: E402
+from run import RESULTS, append, check_names, read  # noqa: E402
 
 TABLE = RESULTS / "rlhf_details.csv"
 SCRIPT = "ppo_rlhf_toy.py"
@@ -132,9 +132,7 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args)
-    unknown = set(args.changes) - {change.name for change in CHANGES}
-    if unknown:
-        sys.exit(f"--changes: there is no {', '.join(unknown)}")
+    check_names("--changes", args.changes, (change.name for change in CHANGES))
     done, failed = {(row["config"], row["seed"]) for row in read(TABLE)}, False
     with tempfile.TemporaryDirectory() as folder:
         scripts = write_scripts(Path(folder), CHANGES)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -94,6 +95,14 @@ def append(table: Path, line: dict) -> None:
         if not old:
             writer.writeheader()
         writer.writerow(line)
+
+
+def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Stop with one line if a name is not known."""
+    known = list(dict.fromkeys(known))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"{flag}: there is no {', '.join(unknown)}, but {', '.join(known)}")
 
 
 def commit(folder: Path = ROOT) -> str:

@@ -44,7 +44,7 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from run import RESULTS, append, commit, patched, read  # noqa: E402
+from run import RESULTS, append, check_names, commit, patched, read  # noqa: E402
 
 import ppo_continuous  # noqa: E402
 
@@ -391,9 +391,7 @@ def take(table: Path, rounds: int, measurements: Callable[[], Iterable[Measureme
 
 def main() -> None:
     args = tyro.cli(Args)
-    unknown = set(args.parts) - set(PARTS)
-    if unknown:
-        sys.exit(f"--parts {' '.join(unknown)}: there are {', '.join(PARTS)}")
+    check_names("--parts", args.parts, PARTS)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)

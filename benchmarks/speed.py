@@ -38,7 +38,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 sys.path[:0] = [str(PEERS), str(ROOT / "benchmarks")]
 
 from common import SOLVED, Settings  # noqa: E402
-from run import RESULTS, append, commit, patched, read  # noqa: E402
+from run import RESULTS, append, check_names, commit, patched, read  # noqa: E402
 
 CARTPOLE = Settings()  # CleanRL's defaults
 HALF_CHEETAH = Settings(  # CleanRL's defaults
@@ -243,9 +243,7 @@ def contenders(args: Args) -> list[Contender]:
         own += [cleanrl(args, its_own)] if args.cleanrl else []
         own += [purejaxrl(args, its_own)] if args.purejaxrl else []
         found += [replace(c, name=f"{c.name}, its own settings") for c in own]
-    unknown = set(args.skip) - {c.name for c in found}
-    if unknown:
-        sys.exit(f"--skip: there is no {', '.join(sorted(unknown))}")
+    check_names("--skip", args.skip, (c.name for c in found))
     found = [c for c in found if c.name not in args.skip]
     for contender in [c for c in found if not c.python.exists()]:
         print(f"left out: {contender.name}, for there is no {contender.python}", file=sys.stderr)

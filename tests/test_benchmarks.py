@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import ablation  # noqa: E402
 import classic  # noqa: E402
 import common  # noqa: E402
 import details  # noqa: E402
+import gallery  # noqa: E402
 import report  # noqa: E402
 import rlhf  # noqa: E402
 import rlhf_details  # noqa: E402
@@ -238,6 +240,51 @@ def test_solved_counts_the_seeds_that_never_were(
     assert "| ppo_x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
 
 
+@pytest.mark.parametrize(
+    "module, flags, error",
+    [
+        (classic, "--env-ids CartPole-v1 Foo", "--env-ids: there is no Foo, but CartPole-v1, "),
+        (details, "--env-ids Foo", "--env-ids: there is no Foo, but "),
+        (details, "--changes Foo", "--changes: there is no Foo, but default, "),
+        (rlhf_details, "--changes Foo", "--changes: there is no Foo, but "),
+        (gallery, "--only Foo", "--only: there is no Foo, but "),
+        (scaling, "--parts Foo", "--parts: there is no Foo, but environments, "),
+        (report, "--table foo.csv", "--table foo.csv: benchmarks/results/ has no such table"),
+        (report, "--curves Foo", "there is no curve of ppo_discrete.py on Foo, configuration "),
+    ],
+)
+def test_unknown_names_end_with_one_line(
+    module: ModuleType, flags: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *flags.split()])
+    with pytest.raises(SystemExit, match=error) as end:
+        module.main()
+    assert "\n" not in str(end.value)
+
+
+def test_curves_of_ours_and_of_a_peer_come_from_their_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "curves").mkdir()
+    runs = (("ppo_discrete.py", "default", 7), ("Stable-Baselines3", "its zoo's", 9))
+    for script, config, value in runs:
+        line = {"script": script, "env_id": "CartPole-v1", "config": config}
+        run.append(tmp_path / "classic.csv", line)
+        name = f"{Path(script).stem}__CartPole-v1__{config}__1.csv"
+        text = f"global_step,episodic_return\n0,{value}\n100,{value}\n"
+        (tmp_path / "curves" / name).write_text(text)
+    args = report.Args(table="classic.csv", curves=("CartPole-v1",))
+    labels = report.drawn(args, "CartPole-v1")
+    assert list(labels) == ["ours", "Stable-Baselines3"]
+    for pair, (*_, value) in zip(labels.values(), runs):
+        grid, curves = report.seeds_on_a_grid(args, "CartPole-v1", *pair)
+        assert grid[-1] == 100 and curves.shape == (1, 200) and (curves == value).all()
+    # Where no peer was run, it is the script and the configurations that were asked for.
+    args = dataclasses.replace(args, configs=("a", "b"))
+    assert report.drawn(args, "Pendulum-v1") == {c: ("ppo_discrete.py", c) for c in "ab"}
+
+
 def test_ctrl_c_begins_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
@@ -310,7 +357,7 @@ def test_a_measurement_that_stands_in_the_table_is_not_taken_again(tmp_path: Pat
     "table, parts", [("scaling.csv", "atari, "), ("rlhf.csv", "reviews, arithmetic")]
 )
 def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
-    with pytest.raises(SystemExit, match=f"--part nonsense: there are {parts}"):
+    with pytest.raises(SystemExit, match=f"--part: there is no nonsense, but .*{parts}"):
         report.markdown(report.Args(table=table, part="nonsense"))
 
 
