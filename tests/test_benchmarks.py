@@ -285,6 +285,21 @@ def test_curves_of_ours_and_of_a_peer_come_from_their_own_files(
     assert report.drawn(args, "Pendulum-v1") == {c: ("ppo_discrete.py", c) for c in "ab"}
 
 
+def test_what_readme_says_of_the_classic_tasks() -> None:
+    """Ours end higher on three tasks, by Welch's interval, and alike on two."""
+    scores: dict[tuple[str, bool], list[float]] = {}
+    for row in run.read(report.RESULTS / "classic.csv"):
+        key = row["env_id"], row["script"] == "Stable-Baselines3"
+        scores.setdefault(key, []).append(float(row["eval_mean"]))
+    assert {len(x) for x in scores.values()} == {10}
+    marks = {
+        env_id: report.mark(*(np.array(scores[env_id, peer]) for peer in (False, True)))
+        for env_id, *_ in classic.TASKS
+    }
+    higher = {"Acrobot-v1", "MountainCar-v0", "LunarLander-v3"}
+    assert marks == {env_id: " ▲" if env_id in higher else "" for env_id in marks}
+
+
 def test_ctrl_c_begins_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
