@@ -258,9 +258,10 @@ def scaling(rows: list[dict], part: str) -> str:
 
 def rlhf(rows: list[dict], task: str) -> str:
     """Return a line a run of the task: seeds at the default beta and, of reviews, without a KL."""
-    betas = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}
-    check_names("--part", [task], betas)
-    rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas[task]]
+    betas_of = {"reviews": ("0.1", "0.0"), "arithmetic": ("0.1",)}
+    check_names("--part", [task], betas_of)
+    betas = betas_of[task]
+    rows = [row for row in rows if row["task"] == task and row["kl_coef"] in betas]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
     columns = {
         "reviews": {

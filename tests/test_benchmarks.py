@@ -376,6 +376,14 @@ def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
         report.markdown(report.Args(table=table, part="nonsense"))
 
 
+@pytest.mark.parametrize(
+    "part, heads",
+    [("reviews", "| seed | beta |"), ("arithmetic", "| seed | sampled accuracy, SFT |")],
+)
+def test_beta_is_a_column_only_where_it_differs(part: str, heads: str) -> None:
+    assert report.markdown(report.Args(table="rlhf.csv", part=part)).startswith(heads)
+
+
 def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for number, value in enumerate((1.0, 5.0, 2.0)):
