@@ -250,7 +250,6 @@ def test_solved_counts_the_seeds_that_never_were(
         (gallery, "--only Foo", "--only: there is no Foo, but "),
         (scaling, "--parts Foo", "--parts: there is no Foo, but environments, "),
         (report, "--table foo.csv", "--table foo.csv: benchmarks/results/ has no such table"),
-        (report, "--curves Foo", "there is no curve of ppo_discrete.py on Foo, configuration "),
     ],
 )
 def test_unknown_names_end_with_one_line(
@@ -280,6 +279,8 @@ def test_curves_of_ours_and_of_a_peer_come_from_their_own_files(
     for pair, (*_, value) in zip(labels.values(), runs):
         grid, curves = report.seeds_on_a_grid(args, "CartPole-v1", *pair)
         assert grid[-1] == 100 and curves.shape == (1, 200) and (curves == value).all()
+    with pytest.raises(SystemExit, match=r"there is no curve of ppo_x\.py"):
+        report.seeds_on_a_grid(args, "CartPole-v1", "ppo_x.py", "default")
     # Where no peer was run, it is the script and the configurations that were asked for.
     args = dataclasses.replace(args, configs=("a", "b"))
     assert report.drawn(args, "Pendulum-v1") == {c: ("ppo_discrete.py", c) for c in "ab"}
