@@ -4,8 +4,8 @@
     python benchmarks/report.py --table classic.csv   # the table, beside the published figures
 
 Stable-Baselines3 has the hyperparameters that rl-baselines3-zoo tuned for each task; ours are the
-defaults, chosen on seeds 100 to 239 of CartPole, with the flags below. Runs that stand in the table
-already are not done again.
+defaults with the flags below; those of ppo_discrete.py were chosen on seeds 100 to 239 of CartPole.
+Runs that stand in the table already are not done again.
 """
 
 import sys
