@@ -1,4 +1,4 @@
-"""Time `gae` against the simple loop it replaces and against torchrl, on one CPU thread.
+"""Time `gae` against other forms of it and against torchrl, on one CPU thread.
 
 python benchmarks/advantages.py            # prints a Markdown table, microseconds a call
 """
@@ -52,6 +52,16 @@ def numpy_loop(*rollout) -> Tensor:
     return deltas
 
 
+def doubling(*rollout) -> Tensor:
+    """The sum by log2(T) passes: that of step k takes the residuals up to row t + 2k - 1."""
+    (advantages, decay), step = residuals(*rollout), 1
+    while step < len(advantages):  # decay[t] is the weight of row t + step, 0 in another episode
+        advantages[:-step] += decay[: len(advantages) - step] * advantages[step:]
+        decay = decay[:-step] * decay[step:]
+        step *= 2
+    return advantages
+
+
 def torchrl_vectorised(rewards, values, next_values, terminated, done, gamma, gae_lambda) -> Tensor:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
@@ -78,6 +88,7 @@ def measure(shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
         "plain loop": plain_loop,
         "unbound loop": unbound_loop,
         "NumPy loop": numpy_loop,
+        "doubling": doubling,
         "torchrl, vectorised": torchrl_vectorised,
     }
     try:

@@ -56,7 +56,7 @@ def main() -> None:
             budget = f"--total-timesteps {int(share * steps)}"
             flags = f"{budget} --eval-episodes 100 {more}".strip()
             jobs.append(Job(script, env_id, "default" if not more else more, seed, flags))
-            jobs.append(Job("Stable-Baselines3", env_id, "its zoo's", seed, budget, SB3))
+            jobs.append(Job("Stable-Baselines3", env_id, "its zoo's", seed, budget, (str(SB3),)))
     run_all(jobs, table, args.processes)
 
 

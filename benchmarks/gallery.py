@@ -11,7 +11,6 @@ whose file stands already are not repeated.
 
 import csv
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from run import check_names  # noqa: E402
+from run import check_names, python  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gallery"
 CARTPOLE = "ppo_discrete.py --env-id CartPole-v1"
@@ -107,10 +106,8 @@ def run(name: str, seed: int) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         script, *flags = CASES[name].command.split()
-        command = [sys.executable, str(ROOT / script), *flags, f"--seed={seed}"]
-        command += [f"--run-dir={folder}/run", "--eval-episodes=1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        flags += [f"--seed={seed}", f"--run-dir={folder}/run", "--eval-episodes=1"]
+        python(ROOT / script, *flags)
         keep(Path(folder, "run", "metrics.csv"), path(name, seed))
     print(f"{name} seed {seed}", flush=True)
 

@@ -2,25 +2,25 @@
 
     python benchmarks/keeping.py                     # processes and compiling, beside without
     python benchmarks/keeping.py --what checkpoints  # their share of the loop's time
-    python benchmarks/keeping.py --what kills        # 50 times kill -9 and --resume, then compare
+    python benchmarks/keeping.py --what kills        # 50 times kill -9 and --resume
     python benchmarks/report.py --table keeping.csv --part gains
 
 A gain is of runs that take turns (A B A B ...). `kills` writes no line, it prints what came out.
 """
 
-import csv
-import os
+import itertools
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, TimeoutExpired
 from typing import Literal
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import gymnasium as gym  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from run import RESULTS  # noqa: E402
+from run import RESULTS, program, python, read  # noqa: E402
 from scaling import Measurement, Quantities, take  # noqa: E402
 
-ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CART = (
     "ppo_discrete.py",
@@ -42,39 +41,37 @@ CART = (
 CHEETAH = ("ppo_continuous.py", "--env-id HalfCheetah-v5 --total-timesteps 60000")
 
 
-class Slow(gym.Env):
+class Slow(gym.Wrapper):
     """CartPole whose step takes 2 ms, as a simulator's may."""
 
     def __init__(self) -> None:
-        self.env = gym.make("CartPole-v1").unwrapped
-        self.observation_space, self.action_space = (
-            self.env.observation_space,
-            self.env.action_space,
-        )
-
-    def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed)
+        super().__init__(gym.make("CartPole-v1").unwrapped)
 
     def step(self, action):
         time.sleep(0.002)
-        return self.env.step(action)
+        return super().step(action)
 
 
 gym.register("Slow-v0", Slow, max_episode_steps=500)
 
-# The share of the loop that `save` takes: too small to be seen by comparing two noisy runs.
-SHARE = """
-import sys, time
-import {module} as script
-spent, save = [], script.save
-def timed(*args):
+
+def time_save(save: Callable, run) -> None:
+    """Print the seconds that a checkpoint took."""
     start = time.perf_counter()
-    save(*args)
-    spent.append(time.perf_counter() - start)
-script.save = timed
-script.main()
-print(sum(spent))
-"""
+    save(run)
+    print("checkpoint:", time.perf_counter() - start, flush=True)
+
+
+def save_what_begins(start: Callable, run, *parts) -> None:
+    """Before the first episode, save the state of the run in the folder "state" beside its own."""
+    start(run, *parts)
+    folder, run.folder = run.folder, run.folder.with_name("state")
+    run.save()
+    run.folder = folder
+
+
+TIMED = {"experiment.Run.save": time_save}
+SAVED = {"experiment.Run.start": save_what_begins}
 
 
 @dataclass
@@ -94,19 +91,10 @@ def train(script: str, flags: str, launch: tuple[str, ...], cache: str) -> dict[
     was slower, to which compiling belongs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launch, str(ROOT / script), "--run-dir", folder + "/run"]
-        command += ["--eval-episodes", "1", *flags.split()]
-        subprocess.run(
-            command,
-            check=True,
-            env=os.environ | ONE_CORE | {"TORCHINDUCTOR_CACHE_DIR": cache},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        with open(folder + "/run/metrics.csv") as file:
-            rows = [
-                (int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)
-            ]
+        words = [*launch, ROOT / script, "--run-dir", folder + "/run", "--eval-episodes", 1]
+        python(*words, *flags.split(), TORCHINDUCTOR_CACHE_DIR=cache, PYTHONPATH=str(ROOT))
+        metrics = read(Path(folder, "run", "metrics.csv"))
+    rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in metrics]
     seconds = {step: step / sps for step, sps in rows}
     last = rows[-1][0]
     tenth = min(step for step in seconds if step >= last / 10)
@@ -114,27 +102,17 @@ def train(script: str, flags: str, launch: tuple[str, ...], cache: str) -> dict[
     return {"rate": rate, "begin": seconds[tenth] - tenth / rate}
 
 
-def share_of_checkpoints(script: str, flags: str) -> float:
-    """Return the share of the loop's seconds that checkpoints take."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = SHARE.format(module=script.removesuffix(".py"))
-        command = [sys.executable, "-c", code, "--run-dir", folder + "/run", *flags.split()]
-        done = subprocess.run(
-            [*command, "--eval-episodes", "1"],
-            check=True,
-            env=os.environ | ONE_CORE,
-            capture_output=True,
-            text=True,
-        )
-        with open(folder + "/run/metrics.csv") as file:
-            last = list(csv.DictReader(file))[-1]
-    seconds = float(done.stdout.splitlines()[-1])
-    return seconds / (int(last["global_step"]) / float(last["charts/SPS"]))
-
-
 def checkpoints(script: str, flags: str) -> Quantities:
-    """Measure what checkpoints take of a script's loop."""
-    share = share_of_checkpoints(script, flags)
+    """Measure the share of the loop's time that checkpoints take.
+
+    It is too small to be seen by comparing two noisy runs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*program(script, "keeping.TIMED"), "--run-dir", folder + "/run"]
+        printed = python(*words, "--eval-episodes", 1, *flags.split())
+        last = read(Path(folder, "run", "metrics.csv"))[-1]
+    spent = sum(map(float, re.findall("^checkpoint: (.*)", printed, re.MULTILINE)))
+    share = spent * float(last["charts/SPS"]) / int(last["global_step"])
     return {(f"{script} {flags}", "checkpoints, % of the time"): 100.0 * share}
 
 
@@ -169,41 +147,58 @@ def measurements(what: str) -> Iterator[Measurement]:
             yield what, f"{script} {flags}", partial(checkpoints, script, flags)
 
 
+def same(a: object, b: object) -> bool:
+    """Return whether two parts of checkpoints are equal bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else repr(a) == repr(b)
+
+
+def load(folder: Path) -> dict:
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del saved["run"]["wall_seconds"]  # goes on while a run is resumed
+    return saved
+
+
+def check_metrics(folder: Path, saved: dict) -> None:
+    """Raise `AssertionError` if metrics.csv has a gap or a repeat up to the checkpoint."""
+    rows, count = read(folder / "metrics.csv"), saved["run"]["iteration"]
+    steps = [int(row["global_step"]) for row in rows[:count]]
+    assert len(steps) == count and steps[-1] == saved["run"]["global_step"], steps[-5:]
+    size = saved["args"]["num_envs"] * saved["args"]["num_steps"]
+    assert all(0 < b - a <= size for a, b in itertools.pairwise([0, *steps])), steps
+
+
 def kills(count: int, longest: float) -> None:
-    """Kill and resume a run over and over, then compare it with one that was left alone."""
-    rng = random.Random(0)
-    folder = Path(tempfile.mkdtemp())
-    flags = "--total-timesteps 2000000 --checkpoint-every 1 --eval-episodes 1".split()
-    script = [sys.executable, str(ROOT / "ppo_discrete.py")]
-    environment = os.environ | ONE_CORE
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
-    subprocess.run([*script, *flags, "--run-dir", folder / "whole"], check=True, **quiet)
-    killed = resumed = 0
-    while True:
-        there = (folder / "killed" / "checkpoint.pt").exists()
-        if not there:
-            shutil.rmtree(folder / "killed", ignore_errors=True)
-        more = (
-            ["--resume", folder / "killed"] if there else [*flags, "--run-dir", folder / "killed"]
-        )
-        resumed += there
-        with subprocess.Popen([*script, *more], **quiet) as process:
+    """Kill and resume one run over and over; check each checkpoint, the log and what is resumed."""
+    rng, killed, resumed, ended, saved = random.Random(0), 0, 0, False, None
+    flags = f"--total-timesteps {60_000 * count} --checkpoint-every 1 --eval-episodes 1".split()
+    command = [sys.executable, *program("ppo_discrete.py", "keeping.SAVED")]
+    with tempfile.TemporaryDirectory() as parent:
+        folder, state = Path(parent, "run"), Path(parent, "state")
+        state.mkdir()
+        while not ended:
+            (state / "checkpoint.pt").unlink(missing_ok=True)
+            if saved is None:  # killed before its first checkpoint
+                shutil.rmtree(folder, ignore_errors=True)
+            more = [*flags, "--run-dir", folder] if saved is None else ["--resume", folder]
+            limit = rng.uniform(0.3, 1.0) * longest if killed < count else None
             try:
-                process.wait(rng.uniform(0.3, 1.0) * longest if killed < count else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                subprocess.run([*command, *more], check=True, timeout=limit, stdout=DEVNULL)
+                ended = True
+            except TimeoutExpired:  # and kill -9
                 killed += 1
-            _, error = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, error.decode()
-    whole, other = (
-        torch.load(folder / name / "checkpoint.pt", weights_only=True)["agent"]
-        for name in ("whole", "killed")
+            if saved is not None and (state / "checkpoint.pt").exists():
+                assert same(load(state), saved), "a resumed run is not what was saved"
+                resumed += 1
+            if (folder / "checkpoint.pt").exists():
+                saved = load(folder)
+                check_metrics(folder, saved)
+        rows = len(read(folder / "metrics.csv"))
+    print(
+        f"{killed} kills, {resumed} resumes, each bit for bit in its checkpoint's state, ", end=""
     )
-    same = all(torch.equal(whole[name], other[name]) for name in whole)
-    print(f"{killed} kills, {resumed} resumes, 0 failures; parameters equal: {same}")
-    shutil.rmtree(folder)
+    print(f"0 unreadable checkpoints; {rows} rows of metrics.csv without gap or repeat")
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def lines_of(args: Args) -> list[dict]:
     if not rows:
         sys.exit(f"--table {args.table}: benchmarks/results/ has no such table")
     if Path(args.table).stem == "ablation":
-        rows.sort(key=lambda row: [*ablation.LINES].index(row["config"]))
+        rows.sort(key=lambda row: [*ablation.LINES, *ablation.FORMER].index(row["config"]))
     elif Path(args.table).stem == "details":
         names = [change.name for change in CHANGES]
         env_ids = [env_id for tasks in TASKS.values() for env_id, _ in tasks]

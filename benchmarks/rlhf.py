@@ -10,12 +10,10 @@ Their folders stay under --runs: a beta is swept with the reward model of its se
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from report import pyplot  # noqa: E402
-from run import RESULTS, append, commit, read  # noqa: E402
+from run import RESULTS, append, commit, python, read, wrapped  # noqa: E402
 
 import ppo_rlhf_toy as rlhf  # noqa: E402
 
@@ -35,8 +33,6 @@ TABLE = RESULTS / "rlhf.csv"
 MEASURES = """task seed kl_coef sft_gold sft_grammatical sft_greedy_gold rm_accuracy rm_correlation
 gold proxy grammatical greedy_gold kl length eos_rate distinct optimum_share sft_accuracy
 sft_greedy_accuracy accuracy greedy_accuracy wall_seconds""".split()
-
-
 RUNS = ROOT / "runs" / "benchmark-rlhf"
 
 
@@ -60,7 +56,7 @@ class Run:
     seed: int
     name: str = ""
     more: str = ""  # flags of the change
-    script: Path = ROOT / "ppo_rlhf_toy.py"
+    program: tuple[str, ...] = (str(ROOT / "ppo_rlhf_toy.py"),)  # what Python runs
     after: Literal["", "SFT", "reward model"] = "reward model"  # the last model it does not make
 
     @property
@@ -91,12 +87,10 @@ def train(run: Run, runs: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # killed half-way, or of another day
     if run.name and run.after:
         models = train(Run(run.task, run.seed), runs)
-        loaded = [f"--load-sft={models}/sft.pt"]
+        loaded = [f"--load-sft={models}"]
         if run.after == "reward model":
-            loaded.append(f"--load-reward-model={models}/reward_model.pt")
-    command = [sys.executable, str(run.script), f"--run-dir={folder}", *run.flags, *loaded]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+            loaded.append(f"--load-reward-model={models}")
+    python(*run.program, f"--run-dir={folder}", *run.flags, *loaded)
     note.write_text(origin)
     return folder
 
@@ -112,6 +106,13 @@ def line_of(run: Run, folder: Path) -> dict[str, object]:
     return line | {"commit": (folder / "origin.txt").read_text().rpartition(" ")[2]}
 
 
+def without_cache(forward: Callable, model, tokens, cache=None):
+    """Let a transformer read all tokens again; of the cache, keep only what they were."""
+    if cache is not None:
+        tokens = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
+    return forward(model, tokens)
+
+
 def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> list[float]:
     """Return tokens a CPU second of generation with and without the KV cache, the best of some.
 
@@ -119,17 +120,19 @@ def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> l
     """
     torch.set_num_threads(1)
     args = rlhf.Args(max_new_tokens=length, context_size=length + 8)
-    task = rlhf.TASKS["reviews"]
-    rng, generator = rlhf.streams(args, 1)
+    task, device = rlhf.TASKS["reviews"], torch.device("cpu")
+    rng, generator = rlhf.streams(args, 1, device)
     model = rlhf.make_model(args, task, scalar=False).requires_grad_(False)
     model.head.bias[rlhf.EOS] = -1e9
     texts = task.prompts(batch_size, rng)
-    prompts = rlhf.pad([task.encode(text) for text in texts], True, args)
+    prompts = rlhf.pad([task.encode(text) for text in texts], True, device)
     best = [0.0, 0.0]
     for i in range(2 * repeats):  # in turns, so that both meet the same noise
-        start = time.process_time()
-        responses, _ = rlhf.generate(args, model, prompts, generator, cached=i % 2 == 0)
-        best[i % 2] = max(best[i % 2], responses.numel() / (time.process_time() - start))
+        with wrapped(rlhf, {"Transformer.forward": without_cache} if i % 2 else {}):
+            start = time.process_time()
+            rlhf.generate(args, model, prompts, generator)
+            rate = batch_size * length / (time.process_time() - start)
+        best[i % 2] = max(best[i % 2], rate)
     return best
 
 

@@ -4,29 +4,92 @@
     python benchmarks/report.py --table rlhf_details.csv
 
 A change of stage 3 starts from the SFT and the reward model of its seed's default run; one of an
-earlier stage makes its own from there on. What has no flag is patched in a copy of the script, made
-for the run. Runs that stand in the table already are not done again; one that fails leaves no line,
+earlier stage makes its own from there on. For what has no flag, functions of the script are
+wrapped. Runs that stand in the table already are not done again; one that fails leaves no line,
 does not stop the others, and makes the exit status 1.
 """
 
+import copy
+import dataclasses
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from details import Change, write_scripts  # noqa: E402
+from details import Change, fixed  # noqa: E402
 from rlhf import RUNS, Run, line_of, train  # noqa: E402
-from run import RESULTS, append, check_names, read  # noqa: E402
+from run import RESULTS, append, check_names, program, read, wrapped  # noqa: E402
+
+import ppo_rlhf_toy as toy  # noqa: E402
 
 TABLE = RESULTS / "rlhf_details.csv"
 SCRIPT = "ppo_rlhf_toy.py"
+
+
+def count_padding(forward: Callable, model, tokens, cache=None):
+    seen = cache["tokens"].shape[1] if cache else 0
+    columns = seen + torch.arange(tokens.shape[1], device=tokens.device)[None]
+    with model.position.register_forward_pre_hook(lambda *_: (columns,)):
+        return forward(model, tokens, cache)
+
+
+def read_early(read_scores: Callable, task, model, *texts):
+    with model.register_forward_hook(lambda _, __, output: output[:, :-1]):
+        return read_scores(task, model, *texts)
+
+
+def default_scalar_head(make_model: Callable, args, task, scalar, trunk=None):
+    model = make_model(args, task, scalar, trunk)
+    if scalar:
+        model.head.reset_parameters()
+    return model
+
+
+def scores_as_learned(train_reward_model: Callable, *args):
+    """Give the head back what it was when it last scored answers, to be normalised by them."""
+    heads = []
+
+    def read_scores(original: Callable, task, model, *texts):
+        heads.append(copy.deepcopy(model.head))
+        return original(task, model, *texts)
+
+    with wrapped(toy, {"read_scores": read_scores}):
+        model, quality = train_reward_model(*args)
+    model.head = heads[-1]
+    return model, quality
+
+
+def sampled_at_07(generate: Callable, args, *rest):
+    return generate(dataclasses.replace(args, temperature=0.7), *rest)
+
+
+def eos_is_no_action(ppo: Callable, *args):
+    plain = toy.action_mask
+
+    def action_mask(_: Callable, responses):
+        # An empty answer keeps it, for without an action the score had no place.
+        mask = plain(responses)
+        return mask & ((responses != toy.EOS) | (mask.sum(1, keepdim=True) == 1))
+
+    def answer(original: Callable, *args):
+        with wrapped(toy, {"action_mask": lambda _, responses: plain(responses)}):
+            return original(*args)
+
+    with wrapped(toy, {"action_mask": action_mask, "answer": answer}):
+        ppo(*args)
+
+
+def dropout(init: Callable, block, *sizes):
+    init(block, *sizes)
+    block.mlp.append(torch.nn.Dropout(0.1))
 
 
 @dataclass
@@ -37,66 +100,23 @@ class Stage(Change):
     after: Literal["", "SFT", "reward model"] = "reward model"
 
 
+MOVED = {"masked_whiten": fixed(shift_mean=True)}
 CHANGES = [
-    Stage(
-        "positions count padding",
-        patches={
-            "        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -S:]\n": (
-                "        positions = torch.arange(total, device=tokens.device)[None, -S:]\n"
-            )
-        },
-        after="",
-    ),
-    Stage(
-        "reward model read a token before EOS",
-        patches={"return model(tokens)[:, -1, 0]": "return model(tokens)[:, -2, 0]"},
-        after="SFT",
-    ),
-    Stage(
-        "PyTorch's initial scalar head",
-        patches={
-            "            nn.init.normal_(self.head.weight, std=(d_model + 1) ** -0.5)\n": "",
-            "            nn.init.zeros_(self.head.bias)\n": "            pass\n",
-        },
-        after="SFT",
-    ),
+    Stage("positions count padding", wraps={"Transformer.forward": count_padding}, after=""),
+    Stage("reward model read a token before EOS", wraps={"read_scores": read_early}, after="SFT"),
+    Stage("PyTorch's initial scalar head", wraps={"make_model": default_scalar_head}, after="SFT"),
     Stage(
         "reward model's scores not normalised",
-        patches={
-            "    model.head.bias.sub_(scores.mean()).div_(scores.std())\n": "",
-            "    model.head.weight.div_(scores.std())\n": "",
-        },
+        wraps={"train_reward_model": scores_as_learned},
         after="SFT",
     ),
-    Stage(
-        "sampled at temperature 0.7, rated at 1",
-        patches={
-            "policy(new, cache)[:, -1], args.temperature)": "policy(new, cache)[:, -1], 0.7)",
-        },
-    ),
+    Stage("sampled at temperature 0.7, rated at 1", wraps={"generate": sampled_at_07}),
     Stage("temperature 0.7", "--temperature 0.7"),
-    Stage(
-        "EOS is no action",
-        # An empty answer keeps it, for without an action the score had no place.
-        patches={"        mask = action_mask(responses)  # (B, R)\n": (
-            "        mask = action_mask(responses)\n"
-            "        mask &= (responses != EOS) | (mask.sum(1, keepdim=True) == 1)\n")},
-    ),
-    Stage(
-        "dropout 0.1 in all models",
-        patches={
-            "return x + self.mlp(self.norm_2(x))": (
-                "return x + F.dropout(self.mlp(self.norm_2(x)), 0.1)"
-            ),
-        },
-    ),
+    Stage("EOS is no action", wraps={"ppo": eos_is_no_action}),
+    Stage("dropout 0.1 in all models", wraps={"Block.__init__": dropout}),
     Stage("learning rate does not fall", "--no-anneal-lr"),
     Stage("no warm-up", "--warmup-iterations 1"),
-    Stage(
-        "Adam's eps 1e-8",
-        patches={"    optimizer = torch.optim.Adam(parameters, eps=1e-5": (
-            "    optimizer = torch.optim.Adam(parameters, eps=1e-8")},
-    ),
+    Stage("Adam's eps 1e-8", wraps={"torch.optim.Adam.__init__": fixed(eps=1e-8)}),
     Stage("value model begins as the policy", "--value-init policy"),
     Stage("value loss not clipped", "--no-clip-vloss"),
     Stage("no penalty for a missing EOS", "--missing-eos-penalty 0"),
@@ -104,21 +124,18 @@ CHANGES = [
     Stage("one epoch, one minibatch", "--update-epochs 1 --num-minibatches 1"),
     Stage("k2 as the reward", "--kl-estimator k2"),
     Stage("k3 as the reward", "--kl-estimator k3"),
-    Stage("sign of the KL turned", patches={"mask, -kl_coef * kl": "mask, kl_coef * kl"}),
+    Stage(
+        "sign of the KL turned",
+        wraps={"token_rewards": lambda f, scores, kl, *rest: f(scores, -kl, *rest)},
+    ),
     Stage("beta adapted to 2 nats", "--ref-kl-target 2"),
-    Stage(
-        "advantages not whitened",
-        patches={"        advantages = masked_whiten(advantages, mask)\n": ""},
-    ),
+    Stage("advantages not whitened", wraps={"masked_whiten": lambda _, x, mask, **shift: x}),
     Stage("rewards whitened", "--whiten-rewards"),
-    Stage(
-        "rewards whitened, their mean moved",
-        "--whiten-rewards",
-        {"shift_mean=False)": "shift_mean=True)"},
-    ),
+    Stage("rewards whitened, their mean moved", "--whiten-rewards", MOVED),
     Stage("one advantage for the whole answer", "--credit response"),
     Stage("the group's mean for a critic", "--baseline group"),
-]  # fmt: skip
+]
+WRAPS = {change.name: change.wraps for change in CHANGES}
 
 
 @dataclass
@@ -134,26 +151,25 @@ def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
     done, failed = {(row["config"], row["seed"]) for row in read(TABLE)}, False
-    with tempfile.TemporaryDirectory() as folder:
-        scripts = write_scripts(Path(folder), CHANGES)
-        for seed in args.seeds:
-            runs = [Run("reviews", seed)]
-            for change in CHANGES:
-                if change.name in (args.changes or [change.name]):
-                    x, script = change, scripts[change.name, SCRIPT]
-                    runs.append(Run("reviews", seed, x.name, x.flags, script, x.after))
-            for run in runs:
-                name = run.name or "default"
-                if (name, str(seed)) in done:
-                    continue
-                try:
-                    line = line_of(run, train(run, args.runs))
-                except subprocess.CalledProcessError as error:
-                    failed = True
-                    print(f"{name}, seed {seed}: failed with status {error.returncode}", flush=True)
-                    continue
-                append(TABLE, {"config": name} | line)
-                print(f"{name}, seed {seed}: gold {line['gold']}", flush=True)
+    for seed in args.seeds:
+        runs = [Run("reviews", seed)]
+        for change in CHANGES:
+            if change.name in (args.changes or [change.name]):
+                runs.append(Run("reviews", seed, change.name, change.flags, after=change.after))
+                if change.wraps:
+                    runs[-1].program = program(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
+        for run in runs:
+            name = run.name or "default"
+            if (name, str(seed)) in done:
+                continue
+            try:
+                line = line_of(run, train(run, args.runs))
+            except subprocess.CalledProcessError as error:
+                failed = True
+                print(f"{name}, seed {seed}: failed with status {error.returncode}", flush=True)
+                continue
+            append(TABLE, {"config": name} | line)
+            print(f"{name}, seed {seed}: gold {line['gold']}", flush=True)
     if failed:
         sys.exit(1)
 

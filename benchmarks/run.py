@@ -7,7 +7,10 @@ Runs that stand in the table already are not done again, so an interrupted call 
 With `--runs FOLDER` a run that was interrupted itself goes on from its checkpoint.
 """
 
+import contextlib
 import csv
+import functools
+import importlib
 import json
 import os
 import shlex
@@ -16,13 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
+from types import ModuleType
+from unittest import mock
 
 import tyro
 
@@ -54,7 +59,7 @@ class Job:
     config: str
     seed: int
     flags: str
-    path: Path | None = None  # the file that is run, if not that of this name
+    program: tuple[str, ...] = ()  # what Python runs, if not the script of this name
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -67,13 +72,44 @@ class Job:
         return "__".join(parts).replace("/", "-")
 
 
-def patched(source: str, patches: dict[str, str]) -> str:
-    """Return `source` with each key, which must stand there exactly once, made its value."""
-    for old, new in patches.items():
-        if source.count(old) != 1:
-            raise ValueError(f"a patch fits in {source.count(old)} places, not one: {old!r}")
-        source = source.replace(old, new)
-    return source
+@contextlib.contextmanager
+def wrapped(script: ModuleType, wraps: dict[str, Callable]) -> Iterator[None]:
+    """Call `wraps[name](original, *arguments)` wherever a script calls its function `name`.
+
+    A dotted name, such as "experiment.Run.save", leads to what the script imports.
+    """
+
+    def bind(wrap: Callable, original: Callable) -> Callable:
+        return lambda *args, **kwargs: wrap(original, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for path, wrap in wraps.items():
+            *owners, name = path.split(".")
+            owner = functools.reduce(getattr, owners, script)
+            stack.enter_context(mock.patch.object(owner, name, bind(wrap, getattr(owner, name))))
+        yield
+
+
+def program(script: str, wraps: str) -> tuple[str, ...]:
+    """Return what Python runs to train with `wraps`, an expression such as "keeping.SAVES"."""
+    paths, module = [str(ROOT), str(ROOT / "benchmarks")], wraps.partition(".")[0]
+    code = f"import sys; sys.path[:0] = {paths}; import run, {module}; "
+    return "-c", f"{code}run.train_wrapped({script!r}, {wraps})"
+
+
+def python(*words: object, pin: Iterable[str] = (), **environment: str) -> str:
+    """Run Python in a process of its own, with one thread; return what it printed."""
+    command = [*pin, sys.executable, *map(str, words)]
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    kwargs = {"env": os.environ | threads | environment, "text": True}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, **kwargs).stdout
+
+
+def train_wrapped(script: str, wraps: dict[str, Callable]) -> None:
+    """Train by the command line's flags with functions of the script wrapped."""
+    module = importlib.import_module(Path(script).stem)
+    with wrapped(module, wraps):
+        module.experiment.main(module.Args, module.train)
 
 
 def read(table: Path) -> list[dict[str, str]]:
@@ -127,15 +163,10 @@ def one_run(job: Job, core: int, curves: Path | None, runs: Path | None = None) 
         elif note.read_text() != origin:
             raise ValueError(f"{folder} was begun with {note.read_text()}, not {origin}: delete it")
         pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
-        command = [*pin, sys.executable, str(job.path or ROOT / job.script)]
-        if resumed:
-            command += ["--resume", folder]
-        else:
-            command += ["--env-id", job.env_id, "--seed", str(job.seed), "--run-dir", folder]
-            command += shlex.split(job.flags)
+        words = ["--env-id", job.env_id, "--seed", job.seed, "--run-dir", folder]
+        words = ["--resume", folder] if resumed else [*words, *shlex.split(job.flags)]
         start = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        python(*(job.program or [ROOT / job.script]), *words, pin=pin)
         seconds = time.perf_counter() - start
         results = json.loads((Path(folder) / "results.json").read_text())
         rows = [row for row in read(Path(folder) / "metrics.csv") if row[CURVE[1]] != "nan"]

@@ -24,7 +24,6 @@ import importlib.util
 import io
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,9 +43,9 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from run import RESULTS, append, check_names, commit, patched, read  # noqa: E402
+from run import RESULTS, append, check_names, commit, python, read, wrapped  # noqa: E402
 
-import ppo_continuous  # noqa: E402
+import ppo_atari  # noqa: E402
 
 Quantities = dict[tuple[str, str], float]  # (line, column) of the part's table: value
 # The part, the name of a line or column, and the function that measures it.
@@ -66,62 +65,18 @@ class Args:
 
 # For glibc's malloc, which else gives tensors of some megabytes back and asks for them again.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-# A mark goes after each of these lines: what ran since the last mark is that part of the loop.
-BEGIN = "        obs[0] = obs[T]\n"
+# Before and after each of these functions is a mark: what ran since the last one is that part.
 MARKS = {
-    BEGIN: "logging",  # of the iteration before
-    "        done = terminated | truncated\n": "environment",
-    "        # ---- [2] Advantages: one pass over all rows, by the parameters of the rollout "
-    "----------\n": "logging",  # of the episodes that ended
-    "        *_, returns, values = batch\n": "advantages",
-    "        share = len(values) / sum(gather([len(values)]))  # of the rows of all processes\n": (
-        "diagnostics"
-    ),
-    "                    batch[-3:] = critique(args, agent.value(rollout[0]), rollout)\n": (
-        "advantages"
-    ),
-    "                    parameters.grad.zero_()\n": "minibatches",  # shuffled and cut
-    "                    loss, parts, log_ratio = ppo_loss(agent, args, mb, "
-    "run.kl_coef)\n": "forward",
-    "                    loss.backward()\n": "backward",
-    "                optimizer.step()\n": "optimiser",
-    "            epoch_diagnostics.append(diagnostics(torch.cat(log_ratios), args.clip_coef))\n": (
-        "diagnostics"
-    ),
-    "        means = all_sum(share * torch.stack(losses).mean(0)).tolist()\n": "diagnostics",
+    "experiment.RecordedEnvs.step": ("acting", "environment"),
+    "gae": ("", "advantages"),
+    "ppo_loss": ("minibatches", "forward"),  # the batch put together, shuffled and cut
+    "torch.Tensor.backward": ("", "backward"),
+    "torch.optim.Adam.step": ("", "optimiser"),
+    "experiment.Run.average": ("", "diagnostics"),
+    "experiment.Run.end_iteration": ("diagnostics", "logging"),
 }
-ACTING = {
-    "ppo_discrete.py": "                actions[t] = act(features[t], noise[t] + masks[t])\n",
-    "ppo_continuous.py": "                actions[t] = act(obs[t], noise[t])\n",
-}
-STEPPED = {
-    "ppo_discrete.py": '                lives[t + 1] = info.get("lives", 0)\n',
-    "ppo_continuous.py": "                obs[t + 1], rewards[t], terminated[t], truncated[t], _ ="
-    " step\n",
-}
-PARTS_OF_THE_LOOP = list(dict.fromkeys(["logging", "acting", *MARKS.values()]))
-
-
-def profile_patches(script: str) -> dict[str, str]:
-    """Return the patches that put a mark after each part of a script's loop."""
-    patches = {}
-    for line, part in (MARKS | {ACTING[script]: "acting", STEPPED[script]: "environment"}).items():
-        indent = line[: len(line) - len(line.lstrip())]
-        patches[line] = f'{line}{indent}mark("{part}", {line == BEGIN})\n'
-    return patches
-
-
-def load(script: str, patches: dict[str, str]) -> ModuleType:
-    """Import a copy of a script with patches in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, script)
-        path.write_text(patched((ROOT / script).read_text(), patches))
-        spec = importlib.util.spec_from_file_location(f"patched_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    return module
+PARTS_OF_THE_LOOP = """logging acting environment advantages diagnostics
+minibatches forward backward optimiser""".split()
 
 
 def seconds(function: Callable[[], object], least: float = 0.05) -> float:
@@ -176,76 +131,70 @@ def floor(args) -> tuple[float, float]:
     part = N * T // args.num_minibatches
     acting = min(matrix_products(actor, N, False, x) for x in (torch.randn, numpy_randn))
     products = T * acting + matrix_products(actor, N * T, False)
-    passes = args.update_epochs if args.recompute_advantages else 1
-    products += passes * matrix_products(critic, N * T, False)
+    products += matrix_products(critic, N * T, False)
     update = matrix_products(actor, part, True) + matrix_products(critic, part, True)
     return T * step, products + args.update_epochs * args.num_minibatches * update
 
 
-@dataclass
-class Profile:
-    """An iteration of a script, in seconds."""
+def timed_parts(script: ModuleType, iterations: int, args) -> dict[str, float]:
+    """Train and return the seconds of each part of an iteration.
 
-    parts: dict[str, float]  # of the loop, as MARKS names them
-    rows: int
-    environment: float  # its steps, alone
-    products: float  # its matrix products, alone
-
-    @property
-    def all(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def floor(self) -> float:
-        return self.environment + self.products
-
-
-def timed_parts(module: ModuleType, iterations: int, args) -> dict[str, float]:
-    """Train and return the seconds of each part of an iteration, without the first two.
-
-    The last is not counted either: no mark tells where its logging ends and the evaluation begins.
-    `module` is a script with profile_patches.
+    The first two iterations, and the last with its checkpoint, are not counted.
     """
     parts: dict[str, float] = dict.fromkeys(PARTS_OF_THE_LOOP, 0.0)
-    last, begun = time.perf_counter(), 0
+    last, ended = time.perf_counter(), 0
 
-    def mark(part: str, begin: bool) -> None:
-        nonlocal last, begun
+    def mark(part: str) -> None:
+        nonlocal last, ended
         now = time.perf_counter()
-        if 3 <= begun < iterations:
+        if 2 <= ended < iterations - 1:
             parts[part] += (now - last) / (iterations - 3)
-        begun += begin
         last = now
+        ended += part == "logging"  # the last of an iteration
 
-    module.mark = mark
+    def marking(before: str, after: str, function: Callable, *args, **kwargs):
+        if before:
+            mark(before)
+        result = function(*args, **kwargs)
+        mark(after)
+        return result
+
     args.total_timesteps = iterations * args.batch_size
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    wraps = {name: partial(marking, *marks) for name, marks in MARKS.items()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        wrapped(script, wraps),
+    ):
         args.run_dir = Path(folder, "run")
-        module.train(args)
+        script.train(args)
     return parts
 
 
-def profiled(script: str, iterations: int, **flags: object) -> Profile:
-    """Train and take the time of each part of the loop."""
-    module = load(script, profile_patches(script))
+def profiled(script: str, iterations: int, **flags) -> tuple[dict[str, float], int, float, float]:
+    """Train; return the seconds of each part of the loop in an iteration, and the iteration's rows.
+
+    Then what its environment steps and its matrix products take alone, in seconds.
+    """
+    module = importlib.import_module(script.removesuffix(".py"))
     args = module.Args(eval_episodes=1, **flags)
-    parts = timed_parts(module, iterations, args)
-    return Profile(parts, args.batch_size, *floor(args))
+    return timed_parts(module, iterations, args), args.batch_size, *floor(args)
 
 
 def atari(iterations: int) -> Quantities:
     """Measure the rollout's steps/s on Pong with a policy that costs nothing, and the bare ones."""
-    module = load("ppo_discrete.py", profile_patches("ppo_discrete.py"))
     limit = ("max_num_frames_per_episode=1000",)  # so that the evaluation is short
-    flags = module.PIXELS | {"hidden_size": 8, "update_epochs": 1, "eval_episodes": 1}
-    args = module.Args(env_id="ALE/Pong-v5", env_kwargs=limit, **flags)
-    envs = module.make_envs(args, args.num_envs)
+    args = ppo_atari.Args(env_kwargs=limit, hidden_size=8, update_epochs=1, eval_episodes=1)
+    envs = ppo_atari.make_envs(args, args.num_envs)
     still = np.zeros((args.num_envs, 1), int)
     nothing = np.zeros((args.num_envs, args.hidden_size), np.float32)
-    module.Agent.see = lambda self, obs: nothing[: len(obs)]
-    module.Agent.numpy_policy = lambda self: lambda obs, noise: still[: len(obs)]
     rows = (iterations - 3) * args.batch_size
-    parts = timed_parts(module, iterations, args)
+    free = {
+        "Agent.see": lambda _, agent, obs: nothing[: len(obs)],
+        "Agent.policy": lambda _, agent: lambda features, *_: still[: len(features)],
+    }
+    with wrapped(ppo_atari, free):
+        parts = timed_parts(ppo_atari, iterations, args)
     rollout = args.batch_size / (parts["acting"] + parts["environment"])
 
     envs.reset(seed=0)
@@ -261,15 +210,15 @@ def atari(iterations: int) -> Quantities:
 
 def environments(num_envs: int, num_minibatches: int = 4) -> Quantities:
     """Measure the loop, its update alone and the floor at one number of environments."""
-    batch = num_envs * 128
+    iterations = max(5, min(20, 200_000 // (num_envs * 128)))
     flags = {"num_envs": num_envs, "num_steps": 128, "update_epochs": 4}
     flags["num_minibatches"] = num_minibatches
-    x = profiled("ppo_discrete.py", max(5, min(20, 200_000 // batch)), **flags)
-    update = sum(x.parts[p] for p in ("minibatches", "forward", "backward", "optimiser"))
+    parts, batch, *alone = profiled("ppo_discrete.py", iterations, **flags)
+    update = sum(parts[p] for p in ("minibatches", "forward", "backward", "optimiser"))
     quantities = {
-        "steps/s": batch / x.all,
-        "floor, steps/s": batch / x.floor,
-        "time / floor": x.all / x.floor,
+        "steps/s": batch / sum(parts.values()),
+        "floor, steps/s": batch / sum(alone),
+        "time / floor": sum(parts.values()) / sum(alone),
         "rows of a batch": batch,
         "an update, ms": 1e3 * update,
     }
@@ -281,25 +230,20 @@ def memory_kept(num_envs: int) -> Quantities:
     """Measure the same where freed memory is kept for the next tensor, not handed back."""
     code = "import scaling, torch; torch.set_num_threads(1); "
     code += f"print(repr(scaling.environments({num_envs})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | KEEP_MEMORY | {"PYTHONPATH": str(ROOT / "benchmarks")},
-    )
-    quantities = ast.literal_eval(done.stdout.splitlines()[-1])
+    printed = python("-c", code, **KEEP_MEMORY, PYTHONPATH=str(ROOT / "benchmarks"))
+    quantities = ast.literal_eval(printed.splitlines()[-1])
     return {(f"{num_envs:,}, memory kept", name): x for (_, name), x in quantities.items()}
 
 
 def profile(name: str, script: str, iterations: int, **flags: object) -> Quantities:
     """Measure the microseconds of each part of the loop, for each row, beside the floor."""
-    x = profiled(script, iterations, **flags)
-    lines = {part: 1e6 * value / x.rows for part, value in x.parts.items()}
-    lines |= {"all": 1e6 * x.all / x.rows, "steps/s": x.rows / x.all}
-    lines["environment alone"] = 1e6 * x.environment / x.rows
-    lines["matrix products alone"] = 1e6 * x.products / x.rows
-    lines["all / both alone"] = x.all / x.floor
+    parts, rows, environment, products = profiled(script, iterations, **flags)
+    lines = {part: 1e6 * value / rows for part, value in parts.items()}
+    whole = sum(parts.values())
+    lines |= {"all": 1e6 * whole / rows, "steps/s": rows / whole}
+    lines["environment alone"] = 1e6 * environment / rows
+    lines["matrix products alone"] = 1e6 * products / rows
+    lines["all / both alone"] = whole / (environment + products)
     return {(line, name): value for line, value in lines.items()}
 
 
@@ -341,7 +285,8 @@ def measurements(args: Args) -> Iterator[Measurement]:
     if "profile" in args.parts:
         cleanrl = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
         cleanrl |= {"activation": "tanh", "clip_vloss": True, "norm_adv": "minibatch"}
-        faithful = {"env_id": "HalfCheetah-v5", **ppo_continuous.FAITHFUL}
+        faithful = {"env_id": "HalfCheetah-v5", "log_std_init": 0.0, "log_std_fall": None}
+        faithful["scale_actions"] = False
         large = {"num_envs": 1024, "num_steps": 16, "update_epochs": 4}
         for name, script, iterations, flags in (
             ("CartPole, CleanRL's settings", "ppo_discrete.py", 60, cleanrl),

@@ -38,7 +38,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 sys.path[:0] = [str(PEERS), str(ROOT / "benchmarks")]
 
 from common import SOLVED, Settings  # noqa: E402
-from run import RESULTS, append, check_names, commit, patched, read  # noqa: E402
+from run import RESULTS, append, check_names, commit, read  # noqa: E402
 
 CARTPOLE = Settings()  # CleanRL's defaults
 HALF_CHEETAH = Settings(  # CleanRL's defaults
@@ -83,8 +83,6 @@ ZOO = replace(  # what rl-baselines3-zoo found best for CartPole with Stable-Bas
     anneal_clip=True,
 )
 OWN = replace(CARTPOLE, total_timesteps=500_000)  # what CleanRL and PureJaxRL come with
-
-
 # The flags that the scripts share; the rest of the settings are each contender's own affair.
 FLAGS = "env_id total_timesteps seed num_envs num_steps update_epochs num_minibatches learning_rate"
 FLAGS += " gamma gae_lambda clip_coef clip_vloss ent_coef vf_coef max_grad_norm"
@@ -141,28 +139,33 @@ class Contender:
     remark: str = ""  # what differs from the settings
 
 
+def patched(source: str, patches: dict[str, str]) -> str:
+    """Return `source` with each key, which must stand there exactly once, made its value."""
+    for old, new in patches.items():
+        if source.count(old) != 1:
+            raise ValueError(f"a patch fits in {source.count(old)} places, not one: {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
 def ours(work: str, settings: Settings) -> list[Contender]:
-    discrete = settings.env_id != HALF_CHEETAH.env_id
-    script = ROOT / ("ppo_discrete.py" if discrete else "ppo_continuous.py")
-    flags = ("--activation", settings.activation, "--num-threads", settings.threads)
+    scripts = {"half-cheetah": "ppo_continuous.py", "pong": "ppo_atari.py"}
+    script = ROOT / scripts.get(work, "ppo_discrete.py")
     # Our default normalises advantages over the batch, the peers do it a minibatch at a time.
-    flags += ("--norm-adv", "batch" if work == "solve" else "minibatch", "--eval-episodes", 1)
-    flags += () if discrete else ("--config", "faithful")
-    end = "        bar.update(args.batch_size)"
-    policy = "lambda obs: agent.numpy_policy()(obs, 0.0)"
-    patch = f"{end}\n        common.tick((iteration + 1) * args.batch_size, {policy})"
-    python = Path(sys.executable)
-    eager = Contender(script.name, python, script, settings, flags, {end: patch}, checkout=ROOT)
-    eager.remark = {
+    flags = ("--norm-adv", "batch" if work == "solve" else "minibatch", "--eval-episodes", 1)
+    flags += ("--num-threads", settings.threads)
+    flags += () if work == "pong" else ("--activation", settings.activation)
+    if work == "half-cheetah":
+        flags += ("--log-std-init", 0.0, "--log-std-fall", None, "--no-scale-actions")
+    remark = {
         "cart-pole": "Gymnasium's vectorised CartPole",
         "solve": "Gymnasium's vectorised CartPole, advantages normalised over the batch",
         "half-cheetah": "statistics move once a rollout",
         "pong": "",
     }[work]
-    words = [sys.executable, str(script), "--help"]
-    if "--compile" not in subprocess.run(words, capture_output=True, text=True).stdout:
-        return [eager]
-    name, flags = f"{script.name} --compile", (*flags, "--compile")
+    eager = Contender(script.name, Path(sys.executable), PEERS / "run_ours.py", settings)
+    eager = replace(eager, flags=(*flags, script), checkout=ROOT, remark=remark)
+    name, flags = f"{script.name} --compile", (*flags, "--compile", script)
     return [eager, replace(eager, name=name, flags=flags, countable=False)]
 
 

@@ -29,7 +29,8 @@ from lines import CODE, LINK, MARKER, ROOT, select, source
 HEADING = re.compile(r"^#{1,6} ")
 # A new line that is no space: between Chinese characters, or after Chinese punctuation.
 NO_SPACE = re.compile(
-    "(?<=[\u3400-\u9fff])\n(?=[\u3000-\u9fff\uff00-\uffef])|(?<=[\u3000-\u303f\uff00-\uffef])\n"
+    "(?<=[\u3400-\u9fff])\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])"
+    "|(?<=[\u3000-\u303f\uff00-\uffef])\n[ \t]*"
 )
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
@@ -157,13 +158,29 @@ def with_code(markdown: str, name: str) -> str:
             anchor = f"L-{select(path, code[1])[0]}"
         return f"{image}[{text}]({site_path(path, name)}{'#' * bool(anchor)}{anchor})"
 
-    out, fence = [], ""
-    for line in "\n".join(in_columns(markdown.split("\n"), name)).split("\n"):
+    return "".join(
+        part if is_code else LINK.sub(lead, part)
+        for part, is_code in parts("\n".join(in_columns(markdown.split("\n"), name)))
+    )
+
+
+def parts(markdown: str) -> list[tuple[str, bool]]:
+    """Split a page into prose and code: fenced blocks, and the lines that say where they are from.
+
+    Prose stays in one piece, for the text of a link may go on in the next line.
+    """
+    found: list[tuple[str, bool]] = []
+    fence = ""
+    for line in markdown.splitlines(keepends=True):
         mark = FENCE.match(line)
+        is_code = bool(fence or mark) or line.rstrip().endswith("{ .where }")
         if mark and (not fence or line.strip().startswith(fence)):
             fence = "" if fence else mark[1]
-        out.append(line if fence or line.endswith("{ .where }") else LINK.sub(lead, line))
-    return "\n".join(out)
+        if found and found[-1][1] == is_code:
+            found[-1] = found[-1][0] + line, is_code
+        else:
+            found.append((line, is_code))
+    return found
 
 
 def formula(match: re.Match, display: str) -> str:

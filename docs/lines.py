@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = r"`((?:[^`\n])+)`"
 MARKER = re.compile(rf"^\[`([\w./]+\.py)`: {CODE}(?: to {CODE})?\]\(([^)\s]+)\)$", re.MULTILINE)
-LINK = re.compile(r"(!?)\[((?:[^\[\]`]|`[^`\n]*`)*)\]\(([^)\s]+)\)")
+# The text of a link may wrap over a line end, but not over an empty line.
+LINK = re.compile(r"(!?)\[((?:[^\[\]`\n]|\n(?!\s*\n)|`[^`\n]*`)*)\]\(([^)\s]+)\)")
 
 
 @functools.cache

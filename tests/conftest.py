@@ -1,5 +1,6 @@
 import importlib.util
 import warnings
+from types import ModuleType
 
 import pytest
 
@@ -15,3 +16,9 @@ if importlib.util.find_spec("Box2D"):
 def run_dir(tmp_path):
     """A folder that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(params=["ppo_discrete", "ppo_continuous", "ppo_atari"])
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the three siblings in turn."""
+    return importlib.import_module(request.param)

@@ -1,11 +1,24 @@
 """Environments whose right answer is known, registered for `gymnasium.make_vec`."""
 
+import builtins
+import multiprocessing
 import os
+import random
 import signal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
+from gymnasium.spaces import (
+    Box,
+    Dict,
+    Discrete,
+    Graph,
+    MultiBinary,
+    MultiDiscrete,
+    Sequence,
+    Text,
+    Tuple,
+)
 
 MARK = 9.0  # the observation of an episode's end in `Poison`, seen nowhere else
 
@@ -389,3 +402,323 @@ class PoisonBox(Poison):
 for cls in (Target, UnboundedTarget, HalfBoundedTarget, WholeTarget):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 gym.register(id="test/PoisonBox-v0", vector_entry_point=PoisonBox)
+
+
+class Frames(Identity):
+    """`Identity` whose observation is four equal grey frames with a bright bar, (4, 36, 36)."""
+
+    observation_space = Box(0, 255, (4, 36, 36), np.uint8)
+
+    def _observe(self):
+        super()._observe()
+        frames = np.zeros((4, 36, 36), np.uint8)
+        frames[:, :, 12 * self.target : 12 * self.target + 12] = 200
+        return frames
+
+
+class FramesLast(Frames):
+    """The same with the frames on the last axis."""
+
+    observation_space = Box(0, 255, (36, 36, 4), np.uint8)
+
+    def _observe(self):
+        return np.moveaxis(super()._observe(), 0, -1)
+
+
+class LivesFrames(Lives):
+    """`Lives` with frames whose brightness is 20 times the step."""
+
+    single_observation_space = Box(0, 255, (4, 36, 36), np.uint8)
+
+    def _observe(self):
+        return np.tile((20 * self.steps).astype(np.uint8)[:, None, None, None], (1, 4, 36, 36))
+
+
+class PoisonFrames(Poison):
+    """`Poison` with frames whose brightness is 10 times what `Poison` shows: 0 to 2, or 90."""
+
+    single_observation_space = Box(0, 255, (4, 36, 36), np.uint8)
+
+    def _observe(self):
+        shown = (10 * super()._observe()[:, 0]).round().astype(np.uint8)
+        return np.tile(shown[:, None, None, None], (1, 4, 36, 36))
+
+
+for cls in (Frames, FramesLast):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (LivesFrames, PoisonFrames):
+    gym.register(id=f"test/{cls.__name__}-v0", vector_entry_point=cls)
+
+
+class ConstantBox(Constant):
+    """`Constant` with a continuous action."""
+
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+
+gym.register(id="test/ConstantBox-v0", entry_point=ConstantBox)
+
+
+class Raises(Identity):
+    """Raises `error` in its constructor, reset, step, close, or in the constructor of a worker."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, where: str = "step", error: str = "ZeroDivisionError", render_mode=None):
+        self.render_mode = render_mode
+        self.where, self.error, self.total = where, getattr(builtins, error), 0
+        if where == "init" or (where == "worker" and multiprocessing.parent_process()):
+            raise self.error("of my own")
+        if where == "inner":
+            gym.make("CartPol-v1")  # Gymnasium raises, called by an environment
+
+    def reset(self, **kwargs):
+        if self.where == "reset":
+            raise self.error("of my own")
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.total += 1
+        if self.where in ("close", "step") and self.total > 20:
+            raise self.error("of my own")
+        return super().step(action)
+
+    def close(self):
+        if self.where == "close":
+            raise self.error("while closing")
+
+
+class Drawn(Constant):
+    """`Constant` that draws a picture of 16 x 16."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, length: int = 5, render_mode: str | None = None):
+        super().__init__(length)
+        self.render_mode = render_mode
+
+    def _observe(self):
+        return np.eye(6, dtype=np.float32)[self.steps % 6]
+
+    def render(self):
+        return np.full((16, 16, 3), self.steps % 256, np.uint8)
+
+
+class ShortOrLong(Constant):
+    """`Constant` with episodes of 3 steps or 60 at even odds, so that the mean return is 31.5."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        self.length = int(self.np_random.choice([3, 60]))
+        return obs, info
+
+    def _observe(self):
+        return np.eye(6, dtype=np.float32)[self.steps % 6]
+
+
+class GlobalNoise(Identity):
+    """`Identity` that adds random numbers of Python's and NumPy's global generators."""
+
+    def _observe(self):
+        noise = np.float32(0.1 * random.random() + 0.1 * np.random.rand())
+        return super()._observe() * (1 - noise)
+
+
+class MaskedInObs(Masked):
+    """`Masked`, told within the observation, as PettingZoo's environments do."""
+
+    observation_space = Dict(
+        {"observation": Masked.observation_space, "action_mask": Box(0, 1, (5,), np.int8)}
+    )
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return {"observation": obs, "action_mask": info.pop("action_mask")}, info
+
+    def step(self, action):
+        obs, *step, info = super().step(action)
+        return {"observation": obs, "action_mask": info.pop("action_mask")}, *step, info
+
+
+class MaskedAdditively(Masked):
+    """`Masked`, told by what to add to the logits: 0 for a legal action, else minus infinity."""
+
+    def legal(self) -> np.ndarray:
+        return np.where(super().legal(), 0.0, -np.inf)
+
+    def step(self, action):
+        return *Identity.step(self, action)[:-1], {"action_mask": self.legal()}
+
+
+class MaskedVector(gym.vector.VectorEnv):
+    """Episodes of 4 steps that pay 1 for the one legal action, told by `action_masks()` (N, 3)."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    single_action_space = Discrete(3)
+    single_observation_space = Box(0.0, 4.0, (1,), np.float32)
+
+    def __init__(self, num_envs: int = 1):
+        self.num_envs = num_envs
+
+    def action_masks(self) -> np.ndarray:
+        return np.eye(3, dtype=bool)[(self.steps + np.arange(self.num_envs)) % 3]
+
+    def _observe(self):
+        return self.steps[:, None].astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = np.arange(self.num_envs) % 4
+        return self._observe(), {}
+
+    def step(self, actions):
+        over = self.steps == 4
+        legal = self.action_masks()[np.arange(self.num_envs), actions]
+        assert (legal | over).all(), "an illegal action"
+        self.steps = np.where(over, 0, self.steps + 1)
+        done = self.steps == 4
+        return self._observe(), np.ones(self.num_envs), done, np.zeros(self.num_envs, bool), {}
+
+
+class NanLater(Constant):
+    """`Constant` whose reward is not a number in an episode's last step, the 40th."""
+
+    def __init__(self):
+        super().__init__(length=40)
+
+    def _observe(self):
+        return np.eye(6, dtype=np.float32)[self.steps % 6]
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, float("nan") if terminated else reward, terminated, truncated, info
+
+
+class Shown(Identity):
+    """`Identity` with an observation space of one's own, which `space` names."""
+
+    spaces = {
+        "image": Box(0, 255, (64, 48, 3), np.uint8),
+        "channels_first": Box(0, 255, (4, 84, 84), np.uint8),
+        "channels_last": Box(0, 255, (84, 84, 4), np.uint8),
+        "grey": Box(0, 255, (84, 84), np.uint8),
+        "floats": Box(0.0, 1.0, (3, 64, 64), np.float32),
+        "dict": Dict({"speed": Box(0.0, 1.0, (3,)), "camera": Box(0, 255, (64, 64, 3), np.uint8)}),
+        "tuple": Tuple((Discrete(3), Dict({"eye": Box(0.0, 1.0, (64, 64), np.float32)}))),
+        "text": Dict({"mission": Text(20), "at": Discrete(3)}),
+        "sequence": Tuple((Discrete(3), Sequence(Discrete(3)))),
+        "graph": Graph(Box(0.0, 1.0, (2,)), Discrete(3)),
+    }
+
+    def __init__(self, space: str):
+        self.observation_space = self.spaces[space]
+
+    def _observe(self):
+        super()._observe()
+        return self.observation_space.sample()
+
+
+for cls in (Raises, Drawn, ShortOrLong, GlobalNoise, MaskedInObs, MaskedAdditively):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+for cls in (NanLater, Shown):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+gym.register(id="test/MaskedVector-v0", vector_entry_point=MaskedVector)
+
+
+class PictureInDict(Picture):
+    """The same beside a number."""
+
+    observation_space = Dict({"number": Discrete(2), "picture": Picture.observation_space})
+
+    def _observe(self):
+        return {"number": 1, "picture": super()._observe()}
+
+
+gym.register(id="test/PictureInDict-v0", entry_point=PictureInDict)
+
+
+class BoxPicture(Picture):
+    """`Picture` with a continuous action."""
+
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+
+gym.register(id="test/BoxPicture-v0", entry_point=BoxPicture)
+
+
+class FloatPicture(Picture):
+    """`Picture` with numbers from 0 to 1."""
+
+    observation_space = Box(0.0, 1.0, (42, 60, 3), np.float32)
+
+    def _observe(self):
+        return super()._observe().astype(np.float32) / 255.0
+
+
+class FloatFrames(FloatPicture):
+    """The same as a stack of frames, which needs no wrapper."""
+
+    observation_space = Box(0.0, 1.0, (4, 42, 60), np.float32)
+
+
+class MaskedFrames(Masked, Frames):
+    """`Masked` with the observations of `Frames`."""
+
+
+class PartsFrames(Parts):
+    """`Parts` whose observation is a bright field: high or low; left, in the middle or right."""
+
+    observation_space = Box(0, 255, (4, 36, 36), np.uint8)
+
+    def _observe(self):
+        super()._observe()
+        top, left = 18 * self.target[0], 12 * (self.target[1] - 4)
+        frames = np.zeros((4, 36, 36), np.uint8)
+        frames[:, top : top + 18, left : left + 12] = 200
+        return frames
+
+
+for cls in (FloatPicture, FloatFrames, MaskedFrames, PartsFrames):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+
+
+class ShownBox(Shown):
+    """`Shown` with continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
+class Bytes(Identity):
+    """`Identity` that shows 200 instead of 1, as bytes."""
+
+    observation_space = Box(0, 255, (3,), np.uint8)
+
+    def _observe(self):
+        return (200 * super()._observe()).astype(np.uint8)
+
+
+class NoActions(Target):
+    """A box of no actions at all."""
+
+    action_space = Box(-1.0, 1.0, (0,), np.float32)
+
+
+for cls in (ShownBox, Bytes, NoActions):
+    gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
+
+
+class FloatFramesLast(FloatPicture):
+    """`FloatPicture` as a stack of frames with the frames on the last axis."""
+
+    observation_space = Box(0.0, 1.0, (42, 60, 4), np.float32)
+
+
+class VectorFramesLast(gym.vector.SyncVectorEnv):
+    """`FramesLast` as a simulator that makes all environments itself."""
+
+    def __init__(self, num_envs: int = 1):
+        super().__init__([FramesLast] * num_envs)
+
+
+gym.register(id="test/FloatFramesLast-v0", entry_point=FloatFramesLast)
+gym.register(id="test/VectorFramesLast-v0", vector_entry_point=VectorFramesLast)

@@ -1,12 +1,12 @@
-"""What the figures rest on: the statistics, the patches, and tables that resume."""
+"""What the figures rest on: the statistics, the changes, and tables that resume."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +17,8 @@ import tyro
 
 import ppo_continuous
 import ppo_discrete
+import ppo_rlhf_toy
+from tests.helpers import spy
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -68,76 +70,138 @@ def test_intervals_of_one_seed_or_of_equal_ones() -> None:
 @pytest.mark.parametrize("source", ["no such line", "twice twice"])
 def test_a_patch_must_fit_exactly_once(source: str) -> None:
     with pytest.raises(ValueError, match="places, not one"):
-        run.patched(source, {"twice": "once"})
+        speed.patched(source, {"twice": "once"})
 
 
-def test_every_patch_of_the_details_fits_and_still_compiles(tmp_path: Path) -> None:
-    paths = details.write_scripts(tmp_path, details.CHANGES)
-    copies = [path for path in paths.values() if path.is_relative_to(tmp_path)]
-    assert len(copies) == 2 * sum(bool(change.patches) for change in details.CHANGES)
-    more = details.write_scripts(tmp_path / "rlhf", rlhf_details.CHANGES).values()
-    patched = [path for path in more if path.is_relative_to(tmp_path)]
-    assert len(patched) == sum(bool(change.patches) for change in rlhf_details.CHANGES)
-    for path in copies + patched:
-        source = path.read_text()
-        assert source != (ROOT / path.name).read_text()
-        compile(source, path, "exec")
+CHANGES = [*details.CHANGES, *rlhf_details.CHANGES]
+MODULES = {f"{m.__name__}.py": m for m in (ppo_discrete, ppo_continuous, ppo_rlhf_toy)}
 
 
-def test_every_flag_of_the_details_and_the_classic_tasks_exists() -> None:
-    modules = {"ppo_discrete.py": ppo_discrete, "ppo_continuous.py": ppo_continuous}
-    cases = [(script, c.flags) for c in details.CHANGES for script in c.scripts]
+def test_every_flag_of_the_changes_and_the_classic_tasks_exists() -> None:
+    cases = [(script, change.flags) for change in CHANGES for script in change.scripts]
     cases += [(script, flags) for _, _, script, flags in classic.TASKS]
+    cases += [(ablation.SCRIPT, flags) for flags in ablation.LINES.values()]
     for script, flags in cases:
-        args = tyro.cli(modules[script].Args, args=flags.split())
-        assert (args != modules[script].Args()) == bool(flags), f"{flags} changes nothing"
+        args = tyro.cli(MODULES[script].Args, args=flags.split())
+        assert (args != MODULES[script].Args()) == bool(flags), f"{flags} changes nothing"
 
 
-def test_patches_change_what_they_name() -> None:
-    """The agent of the patched copy has the weights that the change speaks of."""
+def change_script(stack: contextlib.ExitStack, script: ModuleType, *names: str) -> None:
+    """Apply changes to a script until the stack is left."""
+    for change in CHANGES:
+        if change.name in names and f"{script.__name__}.py" in change.scripts:
+            stack.enter_context(run.wrapped(script, change.wraps))
 
-    def ask(name: str) -> tuple[float, float]:
-        (change,) = (change for change in details.CHANGES if change.name == name)
-        module = scaling.load("ppo_discrete.py", change.patches)
+
+@pytest.mark.parametrize(
+    "name, orthogonal, small",
+    [
+        ("default", True, True),
+        ("PyTorch's initial weights", False, False),
+        ("policy head not small", True, False),
+    ],
+)
+def test_changes_of_the_first_weights(name: str, orthogonal: bool, small: bool) -> None:
+    torch.manual_seed(0)
+    args = ppo_discrete.Args()
+    with contextlib.ExitStack() as stack:
+        change_script(stack, ppo_discrete, name)
+        actor = ppo_discrete.Agent(args, ppo_discrete.make_envs(args, 1)).actor
+    hidden, head = actor[2].weight.detach(), actor[4].weight.detach()
+    assert ((hidden @ hidden.T - 2 * torch.eye(64)).abs().max() < 1e-4) == orthogonal
+    assert (head.std() < 0.01) == small
+
+
+@pytest.mark.parametrize(
+    "script, env",
+    [
+        (ppo_discrete, dict(env_kwargs=("max_episode_steps=9",), num_envs=4, num_steps=32)),
+        (ppo_continuous, dict(num_steps=256)),  # an episode of Pendulum is cut off after 200
+    ],
+)
+@pytest.mark.parametrize("changed", [False, True])
+def test_changes_of_the_loop(script: ModuleType, env: dict, changed: bool, tmp_path: Path) -> None:
+    """Truncation is death, reset rows count and Adam's eps is 1e-8, or nothing of it."""
+    args = script.Args(**env, num_minibatches=1, eval_episodes=1, run_dir=tmp_path / "run")
+    names = ("truncation taken for death", "reset rows learned from", "Adam's eps 1e-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        gaes, losses = (spy(patch, name, script) for name in ("gae", "ppo_loss"))
+        adams = spy(patch, "__init__", torch.optim.Adam)
+        change_script(stack, script, *(names if changed else ()))
+        script.train(args, on_iteration=lambda *_: True)
+    assert gaes[0].done.any() and gaes[0].terminated.equal(gaes[0].done) == changed
+    assert (len(losses[0].batch.obs) == args.batch_size) == changed
+    assert adams[0].eps == (1e-8 if changed else 1e-5)
+
+
+TINY = ppo_rlhf_toy.Args(
+    d_model=16, num_layers=1, num_heads=2, sft_steps=8, sft_batch_size=8, rm_pairs=64,
+    rm_min_accuracy=0.0, num_iterations=1, batch_size=16, eval_prompts=32, whiten_rewards=True,
+)  # fmt: skip
+
+
+def test_changes_of_the_models_of_rlhf() -> None:
+    task, toy = ppo_rlhf_toy.TASKS["reviews"], ppo_rlhf_toy
+    tokens = toy.pad(
+        [task.encode("pool : the pool was good ."), task.encode("pool :")], True, "cpu"
+    )
+
+    def ask(name: str) -> list[bool]:
         torch.manual_seed(0)
-        actor = module.Agent(module.Args(), module.make_envs(module.Args(), 1)).actor
-        hidden, head = actor[2].weight.detach(), actor[4].weight.detach()
-        return (hidden @ hidden.T - 2 * torch.eye(64)).abs().max().item(), head.std().item()
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            change_script(stack, toy, name)
+            model = toy.make_model(TINY, task, scalar=True)
+            torch.nn.init.ones_(model.position.weight[3])
+            alone, padded = model(tokens[1:, -2:])[0], model(tokens)[1, -2:]
+            score = toy.read_scores(task, model, ["pool :"], ["good"])
+            read = model(toy.pad([[*task.encode("pool : good"), toy.EOS]], True, "cpu"))[:, -1, 0]
+            again = torch.equal(model(tokens), model(tokens))
+            return [again, alone.allclose(padded), score.allclose(read), not model.head.bias.any()]
 
-    off_orthogonal, head = ask("PyTorch's initial weights")
-    assert off_orthogonal > 0.1 and head > 0.01
-    off_orthogonal, head = ask("policy head not small")
-    assert off_orthogonal < 1e-4 and head > 0.01
+    assert ask("default") == [True, True, True, True]
+    assert ask("dropout 0.1 in all models")[0] is False
+    assert ask("positions count padding") == [True, False, True, True]
+    assert ask("reward model read a token before EOS") == [True, True, False, True]
+    assert ask("PyTorch's initial scalar head") == [True, True, True, False]
+
+
+def test_changes_of_the_loop_of_rlhf(tmp_path: Path) -> None:
+    """All of them at once, but for one that leaves the whitening out."""
+    args, toy = dataclasses.replace(TINY, run_dir=tmp_path / "run"), ppo_rlhf_toy
+    apart = "advantages not whitened"
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        # What so few steps teach is worth nothing, and the judge tells nothing apart.
+        patch.setattr(toy.Reviews, "gold", lambda _, __, response: len(response) % 97 / 97)
+        names = "token_rewards masked_whiten generate kl_penalty ppo_loss".split()
+        rewards, whitened, generated, kl, losses = (spy(patch, name, toy) for name in names)
+        change_script(stack, toy, *(c.name for c in rlhf_details.CHANGES if c.name != apart))
+        toy.train(args)
+    assert rewards[0].kl.equal(-kl[0].result)
+    assert [x.shift_mean for x in whitened] == [True, True]  # rewards and advantages
+    assert {x.args.temperature for x in generated} == {0.7}
+    mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.EOS
+    assert ends.any() and not (mask & ends & (mask.sum(1, keepdim=True) > 1)).any()
+    with contextlib.ExitStack() as stack:
+        change_script(stack, toy, apart)
+        assert toy.masked_whiten(rewards[0].kl, mask) is rewards[0].kl
 
 
 @pytest.mark.parametrize("script", ["ppo_discrete.py", "ppo_continuous.py"])
 def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
     flags = {"num_envs": 2, "num_steps": 16, "update_epochs": 1, "num_minibatches": 2}
-    x = scaling.profiled(script, 4, **flags)
-    parts = "logging acting environment advantages diagnostics minibatches forward backward"
-    assert list(x.parts) == [*parts.split(), "optimiser"]
-    assert all(value > 0.0 for value in x.parts.values())
-    assert x.rows == 32
-    assert 0.0 < x.environment < 10.0 * x.all
+    parts, rows, environment, products = scaling.profiled(script, 4, **flags)
+    names = "logging acting environment advantages diagnostics minibatches forward backward"
+    assert list(parts) == [*names.split(), "optimiser"]
+    assert all(value > 0.0 for value in parts.values())
+    assert rows == 32
+    assert 0.0 < environment < 10.0 * sum(parts.values()) and products > 0.0
 
 
 def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
     """Optimiser steps, environment steps and rows of two iterations, counted from outside."""
     settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
-    (ours, *_) = speed.ours("cart-pole", settings)
+    (ours, _) = speed.ours("cart-pole", settings)
     assert speed.check_work(ours) == "8 optimiser steps on 64 rows"
-
-
-def test_the_compiled_contender_appears_with_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, names in (
-        ("--seed INT", ["ppo_continuous.py"]),
-        ("--compile, --no-compile", ["ppo_continuous.py", "ppo_continuous.py --compile"]),
-    ):
-        help_text = subprocess.CompletedProcess([], 0, stdout=text)
-        monkeypatch.setattr(speed.subprocess, "run", lambda *_, out=help_text, **__: out)
-        found = speed.ours("half-cheetah", speed.HALF_CHEETAH)
-        assert [contender.name for contender in found] == names
-        assert [contender.countable for contender in found] == [True, False][: len(names)]
 
 
 def test_other_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,16 +254,14 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
     shutil.rmtree(folder)
     args = ppo_discrete.Args(num_envs=2, num_steps=16, eval_episodes=1, total_timesteps=320)
-    stop = threading.Event()
-    stop.set()  # after its first iteration
-    ppo_discrete.train(dataclasses.replace(args, run_dir=folder), stop)
+    args.run_dir = folder
+    ppo_discrete.train(args, on_iteration=lambda *_: True)  # stops after its first iteration
     (folder / "origin.txt").write_text(f"{job.flags} at {run.commit()}")
-    assert len(run.read(folder / "metrics.csv")) == 1
+    begun = run.read(folder / "metrics.csv")
     line = run.one_run(job, 0, tmp_path / "resumed", tmp_path / "runs")
-    timings = {"sps": 0, "process_seconds": 0}
-    assert line | timings == whole | timings and line["process_seconds"] == ""
-    curves = [(tmp_path / name / f"{job.name}.csv").read_text() for name in ("whole", "resumed")]
-    assert curves[0] == curves[1]
+    assert list(line) == list(whole) and line["process_seconds"] == ""
+    metrics = run.read(folder / "metrics.csv")
+    assert len(begun) == 1 and len(metrics) == 10 and metrics[0] == begun[0]
     other = dataclasses.replace(job, flags=f"{flags} --total-timesteps 640")
     with pytest.raises(ValueError, match="was begun with"):
         run.one_run(other, 0, None, tmp_path / "runs")
@@ -410,9 +472,8 @@ def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
     assert common.evaluate(lambda obs: obs @ (0.1, 0.5, 1.0, 1.0) > 0) == 500.0
 
 
-def test_the_ablation_ends_one_change_before_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ablation_ends_one_change_before_the_default() -> None:
     flags = list(ablation.LINES.values())[1]
-    monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", *flags.split()])
-    last, default = (dataclasses.asdict(x) for x in (ppo_continuous.parse(), ppo_continuous.Args()))
-    changed = {name for name in last if last[name] != default[name]}
-    assert changed == {"config", "log_std_fall"}
+    last = dataclasses.asdict(tyro.cli(ppo_continuous.Args, args=flags.split()))
+    default = dataclasses.asdict(ppo_continuous.Args())
+    assert {name for name in last if last[name] != default[name]} == {"log_std_fall"}

@@ -1,30 +1,40 @@
 """What the pages say is so: links, code, tables, formulas, commands and recipes."""
 
-import dataclasses
 import functools
 import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+import experiment
+import ppo_atari
 import ppo_continuous
 import ppo_discrete
 import ppo_rlhf_toy
 from gae import gae
+from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
+SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_rlhf_toy)
 lines = runpy.run_path(str(DOCS / "lines.py"))
+# Flags of a run of ppo_rlhf_toy.py that takes some seconds.
+TINY = dict(
+    d_model=16, num_layers=1, num_heads=2, sft_steps=8, sft_batch_size=8, sft_accuracy=0.0,
+    rm_pairs=64, rm_min_accuracy=0.0, num_iterations=1, batch_size=16, update_epochs=1,
+    eval_prompts=32,
+)  # fmt: skip
 sys.path.append(str(ROOT / "benchmarks"))
 
 import report  # noqa: E402
@@ -72,6 +82,11 @@ def test_links_resolve(name: str) -> None:
             assert anchor in anchors(path), f"{name}: {target}"
 
 
+def test_links_that_wrap_over_a_line_end_are_found() -> None:
+    text = "[two\nwords](gae.md) and [a\n\nnew paragraph](no.md), `x[0]`\n[`y`](../../gae.py)"
+    assert [target for *_, target in lines["LINK"].findall(text)] == ["gae.md", "../../gae.py"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_code_that_a_page_speaks_of_is_there(name: str) -> None:
     """Functions, banners, lines and tests; docs/hooks.py stops the build in the same cases."""
@@ -96,8 +111,8 @@ def test_what_has_gone_or_is_not_unique_is_an_error(what: str) -> None:
 
 def test_lines_are_found() -> None:
     source = (ROOT / "ppo_discrete.py").read_text().splitlines()
-    first, last = lines["select"]("ppo_discrete.py", "Agent.value")
-    assert source[first - 1].startswith("    def value(") and "squeeze" in source[last - 1]
+    first, last = lines["select"]("ppo_discrete.py", "Agent.forward")
+    assert source[first - 1].startswith("    def forward(") and "squeeze" in source[last - 1]
     first, last = lines["select"]("ppo_discrete.py", "[2] Advantages")
     assert "# ---- [2]" in source[first - 1] and "[3]" in source[last + 1]
     first, last = lines["select"](
@@ -107,8 +122,9 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--draw", "--ranges", "--measure", "--run-dir", "--strict"}
-    for module in (ppo_discrete, ppo_continuous, ppo_rlhf_toy):
+    flags = {"--only", "--draw", "--ranges", "--measure"}
+    flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
+    for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
             flags |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
     for page in PAGES:
@@ -117,10 +133,15 @@ def test_flags_that_the_pages_name_exist() -> None:
             assert named <= flags, f"{page.name}: {named - flags}"
 
 
-def test_logged_numbers_are_explained() -> None:
-    keys = set()
-    for script in ("ppo_discrete.py", "ppo_continuous.py", "ppo_rlhf_toy.py"):
-        keys |= set(re.findall(r'"((?:charts|losses|objective)/\w+)"', (ROOT / script).read_text()))
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_logged_numbers_are_explained(script: ModuleType, run_dir: Path) -> None:
+    if script is ppo_rlhf_toy:
+        args = script.Args(run_dir=run_dir, task="arithmetic", **TINY)
+    else:
+        args = quick_args(script, run_dir)
+    script.train(args)
+    keys = read_metrics(run_dir)[0].keys() - {"global_step"}
+    assert len(keys) > 8
     for page in DOCS.glob("*/debugging.md"):
         assert {key for key in keys if f"| `{key}` |" not in page.read_text()} == set()
 
@@ -209,20 +230,17 @@ def test_the_answers_hold_together() -> None:
 
 # ---- Commands and recipes ----------------------------------------------------------------------
 
-CONTROL = "--num-envs 4 --num-steps 16 --update-epochs 1 --total-timesteps 128 --eval-episodes 2"
-TINY = dict(
-    d_model=16, num_layers=1, num_heads=2, sft_steps=8, sft_batch_size=8, sft_accuracy=0.0,
-    rm_pairs=64, rm_min_accuracy=0.0, num_iterations=1, batch_size=16, update_epochs=1,
-    eval_prompts=32,
-)  # fmt: skip
+# Flags that shorten what the pages run; the last one of a name counts.
+CONTROL = "--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1"
+CONTROL += " --total-timesteps 128 --eval-episodes 2"
 LANGUAGE = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in TINY.items())
 # What is tested elsewhere, or changes nothing and only needs its parts to exist.
 OTHERS = {
     "diff ppo_discrete.py ppo_continuous.py",
-    "mkdocs build",
+    "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
     "python benchmarks/gallery.py --ranges",
-    # Trained so by tests/test_runs.py.
+    # Trained so by tests/test_processes.py.
     "torchrun --standalone --nproc-per-node 2 ppo_discrete.py --env-id LunarLander-v3",
 }
 
@@ -241,31 +259,23 @@ def apply(diff: str, folder: Path) -> None:
     path.write_text(text)
 
 
-def load(path: Path, monkeypatch):
-    """Import a file under its own name, in place of the shipped one if it is a changed copy."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("en/")])
-def test_commands_and_recipes_run(name: str, monkeypatch, tmp_path) -> None:
+def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> None:
     """Every sh block, shortened, in a copy of the scripts with the section's changes."""
     # A function of one's own trains a tiny model too.
-    train = ppo_rlhf_toy.train
-    shorten = lambda args, **more: train(dataclasses.replace(args, **TINY), **more)  # noqa: E731
-    monkeypatch.setattr(ppo_rlhf_toy, "train", shorten)
+    tiny_args = functools.partial(ppo_rlhf_toy.Args, **TINY)
+    monkeypatch.setattr(ppo_rlhf_toy, "Args", lambda **changes: tiny_args(**(changes | TINY)))
     gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
     folder, changed, before = tmp_path, False, ""
     for number, (heading, kind, body) in enumerate(blocks(DOCS / name)):
         if heading != before or (kind == "diff" and changed):
             folder, changed, before = tmp_path / str(number), False, heading
             folder.mkdir()
-            for script in ("ppo_discrete.py", "ppo_continuous.py", "ppo_rlhf_toy.py", "gae.py"):
-                shutil.copy(ROOT / script, folder)
+            for script in (*SCRIPTS, experiment):
+                shutil.copy(script.__file__, folder)
+            shutil.copy(ROOT / "gae.py", folder)
             monkeypatch.syspath_prepend(str(folder))
+            monkeypatch.chdir(folder)
         if kind == "diff":
             apply(body, folder)
         elif kind == "python" and body.startswith("# file: "):
@@ -277,46 +287,54 @@ def test_commands_and_recipes_run(name: str, monkeypatch, tmp_path) -> None:
                 continue
             changed = True
             assert command.startswith("python "), command
-            _, script, *flags = command.split()
+            _, script, *flags = shlex.split(command)
             if script == "benchmarks/gallery.py":
                 assert flags[0] == "--only" and flags[1:] == [heading]
                 script, *flags = gallery["CASES"][heading].command.split()
             if not (folder / script).exists():
                 assert script in ("docs/figures.py", "benchmarks/gallery.py"), command
                 continue
-            monkeypatch.chdir(folder)
-            module = load(folder / script, monkeypatch)
+            module = import_file(folder / script)
             if hasattr(module, "Reviews"):  # a judge that tells a random model's answers apart
                 by_length = lambda self, prompt, answer: 1.0 / (1.0 + len(answer))  # noqa: E731
                 monkeypatch.setattr(module.Reviews, "gold", by_length)
-            own_folder = {"--run-dir", "--resume", "--evaluate"} & set(flags)
-            run_dir = "" if own_folder else f"--run-dir {folder}/run{number}"
-            if hasattr(module, "main"):
-                short = LANGUAGE if "rlhf" in script else CONTROL
-                words = [script, *flags, *short.split(), *run_dir.split()]
-                monkeypatch.setattr(sys, "argv", words)
-                module.main()
+            if hasattr(module, "Args"):
+                flags += (LANGUAGE if "rlhf" in script else CONTROL).split()
+                if "--resume" in flags:  # there must be something left to do
+                    flags += ["--total-timesteps", "256"]
+                if not {"--run-dir", "--resume", "--evaluate"} & set(flags):
+                    flags += ["--run-dir", f"run{number}"]
+                status, _, error = run_main(module, flags, monkeypatch, capsys)
+                assert status == 0, f"{command}: {error}"
             assert list(folder.rglob("results.json"))
 
 
 # ---- The site ----------------------------------------------------------------------------------
 
 
+FILES_OF_THE_SITE = ("LICENSE", "mkdocs.yml", "docs", "tests", "benchmarks")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Build the site once, strictly."""
+    """Build the site once, in a copy of the repository, by the command that the pages name."""
     if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
         pytest.skip("the docs extra is not installed")
-    target = tmp_path_factory.mktemp("site")
+    command = "mkdocs build"  # nothing more: under --quiet it would count no warnings
+    for page in [*ROOT.glob("README*.md"), *DOCS.glob("*/index.md")]:
+        assert re.search(rf"(^|&& ){command}[`\n]", page.read_text(), re.MULTILINE), page
+    copy = tmp_path_factory.mktemp("repository")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *map(ROOT.joinpath, FILES_OF_THE_SITE)]:
+        if path.is_dir():
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, copy)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(target)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        command.split(), cwd=copy, env=os.environ | {"PATH": path}, capture_output=True, text=True
     )
-    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
-    return target
+    assert result.returncode == 0, result.stdout + result.stderr
+    return copy / "site"
 
 
 def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
@@ -328,6 +346,16 @@ def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
                 assert "//" not in "".join(re.findall(r'(?:src|href)="([^"]*)"', tag)), tag
     css = "".join(path.read_text() for path in site.rglob("*.css"))
     assert not re.findall(r"url\(['\"]?(?:https?:)?//", css)
+
+
+def test_a_link_that_wraps_over_a_line_end_leads_to_its_page() -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("latex2mathml")
+    with_code = import_file(DOCS / "hooks.py").with_code
+    text = "- [from the\n  start](docs/en/gae.md#three-ways-to-end)\n"
+    assert with_code(text, "repo/README.md") == text.replace("docs/en", "../en")
+    fenced = "```sh\n[from](docs/en/gae.md)\n```\n"
+    assert with_code(fenced, "repo/README.md") == fenced
 
 
 def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
@@ -350,60 +378,7 @@ def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
     assert f'id="L-{first}"' in (site / "repo" / "ppo_discrete.py.html").read_text()
 
 
-# ---- Topics ------------------------------------------------------------------------------------
-
-# Each a page, and what must stand on it: words, a piece of the formula, the code beside it.
-TOPICS = [
-    ("policy-gradient", r"J(\theta)", r"{t \ge 0} \gamma^t r_t", "REINFORCE"),
-    ("policy-gradient", "**Variance.**", "**One use of the data.**", "**Step size.**"),
-    ("policy-gradient", "A(s, a) = Q(s, a) - V(s)", "actor-critic", "lowers the *variance*"),
-    ("policy-gradient", "TRPO", r"\le \delta", "Fisher", "first-order"),
-    ("policy-gradient", r"\mathbb{E}_{x \sim q}\left[\frac{p(x)}{q(x)}", "e^{\\mu^2} - 1"),
-    ("policy-gradient", "in log space", "log_ratio ="),
-    ("discrete", r"\log r_t(\theta) =", "log_ratio ="),
-    ("policy-gradient", r"\operatorname{clip}\left(r_t(\theta)", "`clipped_surrogate`", "clip.svg"),
-    ("policy-gradient", r"$\hat A_t > 0$", r"$\hat A_t < 0$", "Why the min?", "pessimistic"),
-    ("policy-gradient", "trust-region.svg", "clipfrac"),
-    ("policy-gradient", r"\beta \operatorname{KL}", "`kl_penalised_surrogate`", "`adapt_kl_coef`"),
-    ("gae", r"\delta_t = r_t + \gamma V(s_{t+1})", r"(\gamma \lambda)^l", r"\hat A_{t+1}"),
-    ("gae", "low variance, its bias", "Monte Carlo", "truncated", "`gae.py`"),
-    ("policy-gradient", r"- c_1 L_t^{\text{VF}}(\theta) + c_2", "turns every sign"),
-    ("discrete", "`value_loss`", "--clip-vloss", r"\hat R_t)^2"),
-    ("discrete", "share their first layers", "*Roles.*"),
-    ("discrete", "`normalise`", "--norm-adv batch", "minibatch"),
-    ("discrete", "exceeds 0.5", "falls linearly to 0", "used $K$ times"),
-    ("continuous", r"{i=1}^{A}", "log_std", "a sum over"),
-    ("discrete", r"\frac{e^{z_a}}", "`Agent.log_prob_and_entropy`"),
-    ("debugging", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance"),
-    ("discrete", "--target-kl", "`diagnostics`"),
-    ("debugging", "lr-high", "clip-wide", "batch-small", "epochs-many", "critic-dead"),
-    ("debugging", "entropy-low", "no-normalisation", "no-annealing", "One seed", "symptom"),
-    ("rlhf", "Four models", "reference", "frozen"),
-    ("rlhf", "Step 1: answers", "Step 2", "attention mask", "action mask", "chat template"),
-    ("rlhf", r"\operatorname{softmax}(z_{t-1})_{a_t}", "shift", "`gather`"),
-    ("rlhf", "--value-init reward", "--value-init policy", "value *head*"),
-    ("rlhf", r"r_t = -\beta", "`token_rewards`", "--credit response", "*Token-level*"),
-    ("rlhf", "`bradley_terry_loss`", "prompt and answer together"),
-    ("policy-gradient", "DPO", "GRPO", "A2C"),
-    ("rlhf", "--task arithmetic", "reasoning", "--baseline group"),
-    ("coming-from", "Baselines", "Stable-Baselines3", "CleanRL", "TRL", "Spinning Up"),
-    ("index", "gae_lambda", "clip_coef", "vf_coef", "kl_coef"),
-    ("discrete", "What to set", "2,048 to 4,096", "0.01 to 0.1"),
-    # Where the source documents are wrong or silent.
-    ("policy-gradient", "without looking at `done`", "one of three cases"),
-    ("rlhf", "opposite KL", "*every*"),
-    ("policy-gradient", "fitted to *returns*"),
-    ("rlhf", "0.94 of the way", "`<eos>` is an action"),
-    ("discrete", "The row that is no transition", "keeps the order of all"),
-    ("continuous", "cannot\nforget them", "dreadful in evaluation"),
-    ("debugging", "Healthy ranges"),
-]
-
-
-@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: f"{topic[0]}: {topic[1]}")
-def test_every_topic_is_on_its_page(topic: tuple[str, ...]) -> None:
-    text = (DOCS / "en" / f"{topic[0]}.md").read_text()
-    assert [words for words in topic[1:] if words not in text] == []
+# ---- The details map ---------------------------------------------------------------------------
 
 
 def test_all_details_are_mapped() -> None:
@@ -422,8 +397,8 @@ EFFECT = re.compile(
     r"\[([^]|]+)\]\(#([^)]*(?:measured-effects|测得的效果)[^)]*)\): ([^;|]+)(?=;| \|)"
 )
 WORDS = {  # nothing, lower, higher, and
-    "en": ("within chance", "worse on ", "better on ", ", "),
-    "zh": ("未超出偶然", "变差的是 ", "变好的是 ", "、"),
+    "en": ("within chance", "worse on {}", "better on {}", ", "),
+    "zh": ("无显著差异", "在 {} 上变差", "在 {} 上变好", "、"),
 }
 MEASURES = {
     "gold": "gold",
@@ -448,7 +423,7 @@ def test_effects_are_those_of_the_committed_runs(page: Path) -> None:
             for env_id, x in effects[name].items()
         }
         tasks = {sign: [t for t, m in marks.items() if m.strip() == sign] for sign in "▼▲"}
-        parts = [w + comma.join(tasks[sign]) for w, sign in ((worse, "▼"), (better, "▲"))]
+        parts = [w.format(comma.join(tasks[sign])) for w, sign in ((worse, "▼"), (better, "▲"))]
         parts = [part for part, sign in zip(parts, "▼▲") if tasks[sign]]
         assert words == (comma.join(parts) or nothing), name
 
@@ -486,7 +461,7 @@ def test_both_languages_have_the_same_pages() -> None:
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_both_languages_say_the_same(name: str) -> None:
+def test_both_languages_have_the_same_skeleton(name: str) -> None:
     """The same headings, markers, links, formulas, blocks and table rows."""
 
     def skeleton(page: Path) -> list:

@@ -23,7 +23,7 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tables_worked_by_hand(case: str, dtype: torch.dtype) -> None:
+def test_gae_of_three_rows_equals_the_table_by_hand(case: str, dtype: torch.dtype) -> None:
     terminated, done, gae_lambda, expected = TABLE[case]
     rewards = torch.tensor([1, 2, 4], dtype=dtype)
     values = torch.tensor([1, 2, 3], dtype=dtype)
@@ -65,7 +65,9 @@ def double_sum(rewards, values, next_values, terminated, done, gamma, gae_lambda
 @pytest.mark.parametrize(
     ("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 1.0), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)]
 )
-def test_equals_the_double_sum(shape: tuple[int, ...], gamma: float, gae_lambda: float) -> None:
+def test_gae_of_any_shape_equals_the_double_sum(
+    shape: tuple[int, ...], gamma: float, gae_lambda: float
+) -> None:
     rollout = random_rollout(*shape)
     advantages, returns = gae(*rollout, gamma, gae_lambda)
     expected = double_sum(*rollout, gamma, gae_lambda)
@@ -73,8 +75,8 @@ def test_equals_the_double_sum(shape: tuple[int, ...], gamma: float, gae_lambda:
     torch.testing.assert_close(returns, expected + rollout[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("N", [7, 600])  # narrow and wide rows take different ways
-def test_equals_the_backward_recursion_in_float32(N: int) -> None:
+@pytest.mark.parametrize("N", [7, 600])  # narrow and wide rows
+def test_gae_in_float32_equals_the_backward_recursion(N: int) -> None:
     rewards, values, next_values, terminated, done = random_rollout(500, N, dtype=torch.float32)
     expected, last = [], torch.zeros(N)
     for t in reversed(range(500)):
@@ -85,7 +87,7 @@ def test_equals_the_backward_recursion_in_float32(N: int) -> None:
     torch.testing.assert_close(advantages, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_equals_stable_baselines3() -> None:
+def test_gae_equals_the_buffer_of_stable_baselines3() -> None:
     """SB3's buffer knows true ends and the cut-off, the two kinds that both conventions share."""
     import gymnasium as gym
     from stable_baselines3.common.buffers import RolloutBuffer
@@ -107,7 +109,7 @@ def test_equals_stable_baselines3() -> None:
     np.testing.assert_allclose(returns, buffer.returns, rtol=1e-4, atol=1e-5)
 
 
-def test_is_a_constant_to_autograd_and_leaves_its_inputs_alone() -> None:
+def test_gae_is_a_constant_to_autograd_and_leaves_its_inputs_alone() -> None:
     rollout = random_rollout(8, 2)
     before = [x.clone() for x in rollout]
     values = rollout[1].requires_grad_()
@@ -147,13 +149,13 @@ GOOD = {
         ("gae_lambda", float("nan")),
     ],
 )
-def test_wrong_arguments_are_named(name: str, value: object) -> None:
+def test_gae_with_a_wrong_argument_names_it(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} must"):
         gae(**(GOOD | {name: value}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_equals_cpu() -> None:
+def test_gae_on_cuda_equals_cpu() -> None:
     rollout = random_rollout(100, 5)
     expected, _ = gae(*rollout, 0.99, 0.95)
     advantages, _ = gae(*(x.cuda() for x in rollout), 0.99, 0.95)

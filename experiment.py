@@ -1,0 +1,1121 @@
+"""What every run needs and no paper mentions, shared by the scripts. Not one formula of PPO.
+
+RunArgs, EnvArgs                the flags that say how to run
+start, all_sum, gather, ...     seeds, device, and several processes (torchrun)
+make_vec, RecordedEnvs, ...     environments, their masks, their running statistics
+numpy_forward, ...              speed
+Run                             one training: its folder, log, checkpoints and Ctrl-C
+evaluate, load_agent            what came out of it
+main                            the command line
+"""
+
+import ast
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+import typing
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+if os.name == "posix":
+    import fcntl
+
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+
+
+class UserError(ValueError):
+    """Something the user can correct: one line on the command line, without a traceback."""
+
+
+def say(text: str) -> None:
+    """Print a line. A terminal that lacks a letter, or has gone, must not end a training."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode("ascii", "replace").decode(), flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+# ---- Flags -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunArgs:
+    """How to run. A script's `Args` adds the hyperparameters of its algorithm."""
+
+    # Seed of the environments, the initial weights, the sampling and the shuffling.
+    seed: int = 1
+    # Folder of the run. By default runs/<environment>__<script>__<seed>__<time>.
+    run_dir: Path | None = None
+    # Device such as cpu, cuda:1 or mps. By default the GPU where it is faster.
+    device: str = "auto"
+    num_threads: int = 1  # Threads on the CPU. Only wide networks gain from more than one.
+    checkpoint_every: int = 25  # Iterations between checkpoints. The last one is always saved.
+    resume: Path | None = None  # Continue the run in this folder, with the flags it had.
+    evaluate: Path | None = None  # Evaluate the run in this folder instead of training.
+
+    fixed, fixed_to_resume = "", "seed"  # flags that a trained network, or its run, cannot change
+    unit = "steps"  # what a run counts
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Return whether device auto is the GPU: a narrow network is faster on the CPU."""
+        return max(getattr(self, "hidden_size", 0), getattr(self, "d_model", 0)) >= 512
+
+    def check(self) -> None:
+        """Raise `UserError`, which names the flag, for a value that cannot work."""
+        self.check_range("num_threads", 1, 1024)
+        self.check_range("checkpoint_every", 1)
+        self.check_range("seed", 0, 2**63 - 1)
+        folders = [x for x in (self.run_dir, self.resume, self.evaluate) if x is not None]
+        if self.run_dir == Path() or len(set(folders)) > 1 or (self.resume and self.evaluate):
+            raise UserError("--run-dir, --resume and --evaluate: name one folder, in one of them")
+
+    def check_range(self, names: str, low: float, high: float = 1e12) -> None:
+        """Raise `UserError` unless each flag named is None or within [low, high]."""
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag} must lie between {low:g} and {high:g}")
+
+
+@dataclasses.dataclass
+class EnvArgs(RunArgs):
+    """How to run with environments of Gymnasium."""
+
+    # Keyword arguments of the environment, such as is_slippery=false map_name=8x8.
+    env_kwargs: tuple[str, ...] = ()
+    # How environments run in parallel. By default as their author vectorised them, else sync.
+    # async gives each a process, which pays off for slow ones.
+    vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None
+    compile: bool = False  # Compile the loss and its gradient. Pays off in runs of minutes.
+    eval_episodes: int = 100  # Episodes of each final evaluation, deterministic and stochastic.
+    capture_video: bool = False  # Film an episode of the final policy, 2,000 steps at most.
+
+    fixed_to_resume = "seed num_envs num_steps"
+    env_id, total_timesteps, num_envs, num_steps = "", 0, 0, 0  # see the scripts
+
+    @property
+    def subject(self) -> str:
+        return self.env_id
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    def check(self) -> None:
+        super().check()
+        self.check_range("total_timesteps eval_episodes num_envs num_steps", 1)
+        if self.num_iterations < 1:
+            batch = f"--num-envs {self.num_envs} x --num-steps {self.num_steps}"
+            raise UserError(f"--total-timesteps {self.total_timesteps} is below one batch, {batch}")
+
+
+# ---- Processes ---------------------------------------------------------------------------------
+
+
+def split_seed(seed: int) -> list[int]:
+    """Return seeds for environments, weights, sampling, shuffling and evaluation."""
+    return (np.random.SeedSequence(seed).generate_state(5) >> 2).tolist()
+
+
+def start(args: RunArgs) -> torch.device:
+    """Check the flags, seed everything, join the processes of torchrun; return the device."""
+    args.check()
+    torch.set_num_threads(args.num_threads)
+    for path in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):  # NumPy has its own
+        for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
+            getattr(ctypes.CDLL(str(path)), name, lambda number: None)(args.num_threads)
+    seed = split_seed(args.seed)[1]
+    torch.manual_seed(seed)
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    name = args.device
+    if name == "auto":
+        name = "cuda" if args.wants_gpu and torch.cuda.is_available() else "cpu"
+    if launched and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {error}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launched and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        args.check()  # again, for this process's share
+    seed_global_generators(seed + rank())
+    return device
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed the random numbers of Python and NumPy, for environments that use those."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def in_group() -> bool:
+    """Return whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if in_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if in_group() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Make `x` the sum of the `x` of all processes, and return it."""
+    if in_group():
+        dist.all_reduce(x)
+    return x
+
+
+def gather(item: Any) -> list:
+    """Return the items of all processes."""
+    items = [item] * world_size()
+    if in_group():
+        dist.all_gather_object(items, item)
+    return items
+
+
+def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the rows (B, ...) of all processes."""
+    if not in_group():
+        return x.mean(0), x.var(0, correction=correction)
+    count = all_sum(x.new_tensor(len(x)))
+    mean = all_sum(x.sum(0)) / count
+    return mean, all_sum((x - mean).square().sum(0)) / (count - correction)
+
+
+# ---- Environments ------------------------------------------------------------------------------
+
+
+class SingleEnv(gym.Wrapper):
+    """One environment. Its masks go to the info, from its observation or its `action_masks()`."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        self.in_obs = isinstance(space, Dict) and "action_mask" in space.spaces  # PettingZoo's way
+        if self.in_obs:
+            rest = {key: part for key, part in space.items() if key != "action_mask"}
+            self.observation_space = Dict(rest)
+        self.by_method = env.has_wrapper_attr("action_masks")
+        self.in_worker = multiprocessing.parent_process() is not None
+        for number in SIGNALS if self.in_worker else ():
+            signal.signal(number, signal.SIG_IGN)  # the main process shuts the run down
+
+    def move_mask(self, obs: Any, info: dict) -> tuple[Any, dict]:
+        if self.in_obs:
+            info = info | {"action_mask": obs["action_mask"]}
+            obs = {key: obs[key] for key in self.observation_space}
+        elif self.by_method:
+            masks = self.env.get_wrapper_attr("action_masks")()
+            info = info | {"action_mask": np.hstack(masks)}
+        return obs, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        if self.in_worker and seed is not None:
+            seed_global_generators(seed)
+        return self.move_mask(*self.env.reset(seed=seed, options=options))
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, info = self.move_mask(obs, info)
+        return obs, reward, terminated, truncated, info
+
+
+def make_vec(
+    args: EnvArgs, num_envs: int, wrap: Callable = SingleEnv, **kwargs: Any
+) -> gym.vector.VectorEnv:
+    """Make environments as the flags name them; `wrap` is applied to each, if they are single.
+
+    Raises `UserError` for what the flags got wrong. An error inside the environment passes as it
+    is, with the traceback that its author needs.
+    """
+    kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
+    mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
+    module = "ale_py" if name.startswith("ALE/") else module
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        if module:
+            importlib.import_module(module)  # registers its environments
+        single = mode in ("sync", "async") or not (mode or gym.spec(name).vector_entry_point)
+        envs = gym.make_vec(name, num_envs, mode, wrappers=[wrap] if single else [], **kwargs)
+    except Exception as error:
+        missing = isinstance(error, ImportError) and f"{module}.".startswith(f"{error.name}.")
+        if not missing and not raised_by_gymnasium(error, inspect.getfile(wrap)):
+            raise
+        hint = ' (pip install "gymnasium[atari]")' if module == "ale_py" and missing else ""
+        text = " ".join(str(error).split())
+        raise UserError(f"--env-id {args.env_id}: {text}{hint}") from error
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        refuse(args, envs, "needs the autoreset mode NEXT_STEP")
+    return envs
+
+
+def read_keyword(pair: str) -> tuple[str, Any]:
+    """Read name=value, in which a value is true, false, none, a literal of Python, or a string."""
+    name, _, text = pair.partition("=")
+    words = dict(true="True", yes="True", on="True", false="False", no="False", off="False")
+    words |= dict(none="None", null="None")
+    try:
+        return name, ast.literal_eval(words.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return name, text
+
+
+def files_of(error: BaseException) -> list[str]:
+    """Return the files that an error passed, the one that raised it last."""
+    return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def raised_by_gymnasium(error: BaseException, script: str) -> bool:
+    """Return whether no code but Gymnasium's and ours took part: then a flag is wrong."""
+    while error.__context__ is not None:
+        error = error.__context__
+    ours = (__file__, script, "<frozen importlib")
+    return all(x.startswith((*ours, str(Path(gym.__file__).parent))) for x in files_of(error))
+
+
+def refuse(args: EnvArgs, envs: gym.vector.VectorEnv, text: str) -> NoReturn:
+    """Close environments that a script cannot serve, and say why."""
+    envs.close()
+    raise UserError(f"--env-id {args.env_id}: {text}")
+
+
+def is_image(shape: Any, num_axes: tuple[int, ...] = (2, 3)) -> bool:
+    """Return whether a shape has height and width, with or without channels, first or last."""
+    return len(shape or ()) in num_axes and sorted(shape)[-2] >= 36
+
+
+def flatten_observations(
+    args: EnvArgs, envs: gym.vector.VectorEnv, for_images: str
+) -> gym.vector.VectorEnv:
+    """Make observations vectors (N, D), discrete parts one-hot; refuse images."""
+
+    def check(space: gym.Space, name: str = "observation") -> None:
+        if isinstance(space, Dict | Tuple):
+            for key, part in space.items() if isinstance(space, Dict) else enumerate(space):
+                check(part, f"{name}[{key!r}]")
+        elif is_image(space.shape):
+            refuse(args, envs, f"its {name} is an image: {for_images}")
+        elif not isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
+            refuse(args, envs, f"its {name} is {space}, of no fixed size")
+        elif name == "observation['action_mask']":
+            refuse(args, envs, "vectorised environments must have the action_mask in the info")
+
+    check(envs.single_observation_space)
+    if len(envs.single_observation_space.shape or ()) == 1 and isinstance(
+        envs.single_observation_space, Box
+    ):
+        return envs
+    return gym.wrappers.vector.FlattenObservation(envs)
+
+
+class RecordedEnvs(gym.vector.VectorWrapper):
+    """Environments that note their episodes. A reset row pays nothing and has nothing to choose."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        self.done = np.zeros(self.num_envs, bool)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.finished: list[tuple[int, float, int]] = []  # environment, return, length
+        return self.as_floats(obs), self.with_masks(info)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        obs, rewards, terminated, truncated, info = self.env.step(actions)
+        rewards = np.where(self.done, 0.0, rewards).astype(np.float32)
+        self.returns += rewards
+        self.lengths += ~self.done
+        self.done = terminated | truncated
+        if self.done.any():
+            for i in self.done.nonzero()[0].tolist():
+                self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
+            self.returns[self.done] = self.lengths[self.done] = 0
+        return self.as_floats(obs), rewards, terminated, truncated, self.with_masks(info)
+
+    def as_floats(self, obs: np.ndarray) -> np.ndarray:
+        is_images = obs.dtype == np.uint8 and obs.ndim == 4
+        return obs if is_images else obs.astype(np.float32, copy=False)
+
+    def with_masks(self, info: dict) -> dict:
+        if hasattr(self.env.unwrapped, "action_masks"):  # of all environments at once
+            info = info | {"action_mask": np.asarray(self.env.unwrapped.action_masks())}
+        if "action_mask" in info and self.done.any():
+            info = info | {"_action_mask": info.get("_action_mask", True) & ~self.done}
+        return info
+
+
+class Choices:
+    """Actions of P parts, each one of at most A choices."""
+
+    SPACES = (Discrete, MultiDiscrete, MultiBinary)
+
+    def __init__(self, space: Any):
+        self.space = space
+        counts = np.full(space.shape, 2)  # of choices, for each part
+        if not isinstance(space, MultiBinary):
+            counts = np.asarray(space.n if isinstance(space, Discrete) else space.nvec)
+        counts = counts.reshape(-1, 1)
+        self.shape = (len(counts), int(counts.max()))  # P, A
+        self.exists = np.arange(self.shape[1]) < counts  # (P, A): a part may have fewer than A
+        self.no_masks = np.where(self.exists, 0.0, -1e9).astype(np.float32)
+
+    def masks(self, info: dict) -> np.ndarray:
+        """Return what to add to the logits, (N, P, A) or (P, A): 0 for a legal choice, else -1e9.
+
+        `info["action_mask"]` has a 1 for each legal choice and a 0 for any other, one part after
+        the other; `info["_action_mask"]` says which environments gave one. Raises `UserError`.
+        """
+        if "action_mask" not in info:
+            return self.no_masks
+        rows = np.broadcast_to(info.get("_action_mask", True), len(info["action_mask"]))
+        given, count = info["action_mask"][rows], self.exists.sum()
+        if given.dtype == object:  # an array for each part
+            given = np.array([np.hstack(mask) for mask in given])
+        if given.size != count * rows.sum() or ((given != 0) & (given != 1)).any():
+            raise UserError(
+                f"an action_mask must have {count} numbers: 1 for a legal choice, else 0"
+            )
+        legal = np.repeat(self.exists[None], len(rows), axis=0)  # (N, P, A)
+        legal[rows[:, None, None] & self.exists] = given.ravel()
+        if not legal.any(-1).all():
+            raise UserError("an action_mask leaves no legal action")
+        return np.where(legal, 0.0, -1e9).astype(np.float32)
+
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """Return actions (N, P), counted from 0, as the environment counts and shapes them."""
+        actions = actions.reshape(-1, *self.space.shape) + getattr(self.space, "start", 0)
+        return actions.astype(self.space.dtype)
+
+
+class Normaliser(nn.Module):
+    """Brings rows to mean 0, if `shift`, and std 1, by the moments of all rows so far.
+
+    It is saved with the agent, but stays on the CPU, where the environments are.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], clip: float, shift: bool = True, enabled: bool = True
+    ):
+        super().__init__()
+        self.clip, self.shift, self.enabled = clip, shift, enabled
+        self.mean: Tensor = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var: Tensor = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count: Tensor = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return self
+
+    def update(self, rows: np.ndarray) -> None:
+        """Add rows (B, ...): the moments of a union follow from those of its parts."""
+        if self.enabled:
+            x, count = torch.as_tensor(rows, dtype=torch.float64), sum(gather(len(rows)))
+            mean, var = mean_and_variance(x, correction=0)
+            weight, delta = count / (self.count + count), mean - self.mean
+            self.var += weight * (var - self.var + (1 - weight) * delta.square())
+            self.mean += weight * delta
+            self.count += count
+
+    def function(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what normalises rows by the moments of now, and clips them."""
+        if not self.enabled:
+            return lambda rows: rows
+        mean = (self.mean * self.shift).float().numpy()
+        std = (self.var + 1e-8).sqrt().float().numpy()
+        clip = self.clip
+        return lambda rows: ((rows - mean) / std).clip(-clip, clip)
+
+
+# ---- Speed -------------------------------------------------------------------------------------
+
+
+def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `net` as it is now, as a function from arrays to arrays.
+
+    For few rows PyTorch's overhead takes four times as long as NumPy, so a plain `nn.Sequential` of
+    `Linear`, `ReLU` and `Tanh` runs in NumPy. Any other module runs as it is.
+    """
+
+    def is_plain(module: nn.Module, kind: type) -> bool:
+        return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+    steps: list[Callable] = []
+    for layer in net if is_plain(net, nn.Sequential) else ():
+        if is_plain(layer, nn.Linear) and layer.bias is not None:
+            weight, bias = (p.detach().cpu().numpy().T for p in layer.parameters())
+            steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
+        elif is_plain(layer, nn.ReLU):
+            steps.append(lambda x: np.maximum(x, 0.0))
+        elif is_plain(layer, nn.Tanh):
+            steps.append(np.tanh)
+        else:
+            steps.clear()
+            break
+    device = next((p.device for p in net.parameters()), None)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        if not steps:
+            with torch.no_grad():
+                return (
+                    net(torch.tensor(x, device=device)).cpu().numpy()
+                )  # a copy: it may write on it
+        for step in steps:
+            x = step(x)
+        return x
+
+    return forward
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """Return one vector of which all parameters of `module` become views; gradients likewise.
+
+    Clipping and Adam then take one kernel each, not one a tensor: a tenth of a small run's time.
+    """
+    parameters = list(module.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    flat.grad = torch.zeros_like(flat)
+    nn.utils.vector_to_parameters(flat.data, parameters)  # assigns views, copies nothing
+    for parameter, grad in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
+        parameter.grad = grad.view_as(parameter)
+    return flat
+
+
+def compile_gradient(
+    loss_function: Callable, agent: nn.Module, args: EnvArgs, parameters: nn.Parameter
+) -> Callable:
+    """Return a function of a batch that fills `parameters.grad` and returns the loss's figures.
+
+    Loss and gradient are compiled as one graph: compiling the loss alone gains half as much. The
+    first call takes about 20 seconds.
+    """
+
+    module = nn.Module()
+    module.agent = agent
+    module.forward = lambda batch: loss_function(agent, args, batch)
+    names, shapes = zip(*((name, p.shape) for name, p in module.named_parameters()))
+
+    def loss_of(vector: Tensor, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = zip(vector.split([shape.numel() for shape in shapes]), shapes)
+        tensors = dict(zip(names, (part.view(shape) for part, shape in parts)))
+        return torch.func.functional_call(module, tensors, (batch,))
+
+    mode = "reduce-overhead" if parameters.is_cuda else None  # CUDA graphs
+    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True, mode=mode)
+
+    def fill_gradient(batch: tuple) -> dict[str, Tensor]:
+        try:
+            gradient, figures = compiled(parameters.detach(), batch)
+        except RuntimeError as error:
+            raise UserError(f"--compile: {error}") from error
+        parameters.grad.copy_(gradient)
+        return {name: x.clone() for name, x in figures.items()}  # the next call may overwrite them
+
+    return fill_gradient
+
+
+# ---- A run and its folder ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """Open a new file that replaces `path` at the end: a killed run leaves the old or the new."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    with open(new, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(data, indent=2, default=str) + "\n").encode())
+
+
+def check_same_form(ours: Any, theirs: Any, name: str) -> None:
+    """Raise `ValueError` unless two states have the same keys, shapes and types.
+
+    Adam checks nothing, and would write past the end of a tensor of another shape.
+    """
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            raise ValueError(f"{name} has other parts")
+        for key in ours:
+            check_same_form(ours[key], theirs[key], f"{name} {key}")
+    elif isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        plain = theirs.layout == torch.strided and theirs.is_contiguous() and theirs.is_cpu
+        if not plain or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            raise ValueError(f"{name} has another shape")
+    elif type(ours) is not type(theirs):
+        raise ValueError(f"{name} is of another type")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of an annotated type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, parts[0]) for item in value)
+    return any(fits(value, part) for part in parts) if parts else type(value) is kind
+
+
+def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
+    """Read a folder's checkpoint as data, which runs no code; return it and its arguments."""
+    try:
+        if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # which torch.load does not
+            raise ValueError("checkpoint.pt is damaged")
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name, kind in typing.get_type_hints(args_class).items():
+            if not fits(saved["args"][name], kind):
+                raise ValueError(f"{name} is {saved['args'][name]!r}")
+        return saved, args_class(**saved["args"])
+    except Exception as error:
+        raise UserError(f"{folder} holds no run of this script: {error}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the moments of a checkpoint, if it has any yet."""
+    if not state:
+        return
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    optimizer.step()  # with a gradient of 0 it changes nothing, but makes the moments
+    ours = optimizer.state_dict()
+    check_same_form(ours["state"], state, "optimizer")
+    optimizer.load_state_dict(ours | {"state": state})
+
+
+def pack_space(space: Any) -> dict[str, Any]:
+    """Return a space as what a checkpoint can hold."""
+    names = {"Box": "low high", "Discrete": "n start", "MultiDiscrete": "nvec start"}
+    kind = type(space).__name__
+    numbers = {k: torch.as_tensor(getattr(space, k)) for k in names.get(kind, "").split()}
+    return numbers | {"kind": kind, "shape": tuple(space.shape), "dtype": str(space.dtype)}
+
+
+def unpack_space(packed: dict[str, Any]) -> gym.Space:
+    """Return the space that `pack_space` wrote down."""
+    kind, dtype = packed["kind"], np.dtype(packed["dtype"]).type
+    if kind == "MultiBinary":
+        return MultiBinary(packed["shape"])
+    if kind == "Discrete":
+        return Discrete(int(packed["n"]), start=int(packed["start"]))
+    if kind == "MultiDiscrete":
+        return MultiDiscrete(packed["nvec"].numpy(), dtype, start=packed["start"].numpy())
+    return Box(packed["low"].numpy(), packed["high"].numpy(), packed["shape"], dtype)
+
+
+def refuse_links(folder: Path) -> None:
+    """Links in a stranger's folder could lead our files elsewhere."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, which a run's folder must not hold")
+
+
+COUNTERS = ("iteration", "global_step", "seconds", "wall_seconds", "recent_returns")
+
+
+class Run:
+    """One training and its folder. On leaving it closes all that it opened, whatever happens."""
+
+    def __init__(self, args: Any, on_iteration: Callable | None = None):
+        self.args, self.on_iteration = args, on_iteration
+        self.device = start(args)
+        self.env_seed, _, sample_seed, shuffle_seed, self.eval_seed = split_seed(args.seed)
+        self.sampling: Any = np.random.default_rng(sample_seed + rank())
+        self.shuffling: Any = np.random.default_rng(shuffle_seed + rank())
+        self.iteration, self.global_step, self.seconds, self.wall_seconds = 0, 0, 0.0, 0.0
+        self.recent_returns: list[float] = []  # of the last 100 episodes
+        self.weight = 1.0  # of this process's rows among all
+        self.folder: Any = None  # a Path, of process 0 only, and not with --evaluate
+        self.envs: RecordedEnvs | None = None
+        self.stopped, self.signal_time = "", 0.0
+        self.started = self.print_time = time.perf_counter()
+        self.closing = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in SIGNALS:
+                self.closing.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        return self
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Stop after this iteration, or stop evaluating. A second signal ends the process at once.
+
+        Schedulers and torchrun may send a signal twice: an echo within a second is ignored.
+        """
+        if not self.signal_time:
+            self.stopped, self.signal_time = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() > self.signal_time + 1.0:
+            raise SystemExit(128 + number)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        is_async = False
+        try:
+            is_async = self.close_envs(abandon=error is not None)
+        finally:
+            with contextlib.suppress(*[OSError] if error else []):  # it has been told of
+                self.closing.close()
+        if is_async and isinstance(error, EOFError | ConnectionError):
+            if (
+                "multiprocessing" in files_of(error)[-1]
+            ):  # the pipe of a worker, not its environment
+                raise UserError("a process of the environments has died") from error
+        if in_group() and isinstance(error, RuntimeError) and "gloo" in str(error):
+            raise UserError(f"another process has ended: {error}") from error
+
+    # Environments
+
+    def make_envs(self, make_envs: Callable) -> RecordedEnvs:
+        """Make this process's share of the environments."""
+        if self.args.num_envs % world_size():
+            raise UserError(f"--num-envs {self.args.num_envs} for {world_size()} processes")
+        if self.args.capture_video:
+            self.film(make_envs, None)  # fails now, not after the training
+        self.envs = RecordedEnvs(make_envs(self.args, self.args.num_envs // world_size()))
+        return self.envs
+
+    def close_envs(self, abandon: bool = False) -> bool:
+        """Close the environments; return whether each had a process."""
+        envs, self.envs = self.envs, None
+        workers = getattr(envs.unwrapped, "processes", []) if envs else []
+        for worker, pipe in zip(
+            workers, envs.unwrapped.parent_pipes if workers and abandon else ()
+        ):
+            worker.kill()  # to close it would wait for an answer
+            worker.join()
+            if pipe is not None:
+                pipe.close()
+            envs.unwrapped.closed = True
+        if envs is not None:
+            envs.close()
+        return bool(workers)
+
+    # Folder and checkpoints
+
+    def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Open the folder, or take up its checkpoint. Call it once, before the loop."""
+        self.agent, self.optimizer, args = agent, optimizer, self.args
+        with self.file_errors(args.run_dir or args.resume):
+            if rank() == 0 and not args.evaluate:
+                self.lock_folder()
+            if args.resume or args.evaluate:
+                self.restore(args.resume or args.evaluate)
+            if args.evaluate:
+                refuse_links(args.evaluate)
+                self.iteration = args.num_iterations  # nothing is left to train
+            elif rank() == 0:
+                self.open_log()
+        if self.envs is not None:  # each process plays its own episodes, a resumed run other ones
+            self.env_seed += self.iteration * args.num_envs + rank() * self.envs.num_envs
+        step, total = (n * args.batch_size for n in (self.iteration, args.num_iterations))
+        quiet = None if self.folder else True  # None: a bar only in a terminal
+        self.bar = tqdm(total=total, initial=step, unit=f" {args.unit}", disable=quiet)
+        self.closing.callback(self.bar.close)
+        self.loop_time = time.perf_counter() - self.seconds
+
+    @contextlib.contextmanager
+    def file_errors(self, folder: Path | None) -> Iterator[None]:
+        """Say in one line that a folder cannot be read or written."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    def lock_folder(self) -> None:
+        """Make the folder, for this process alone."""
+        args, script = self.args, Path(inspect.getfile(type(self.args))).stem
+        name = f"{args.subject}__{script}__{args.seed}__{time.time_ns() // 10**6}"
+        self.folder = args.resume or args.run_dir or Path("runs", re.sub(r"[^\w.-]+", "-", name))
+        if not args.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if os.name == "posix":
+            lock = os.open(self.folder, os.O_RDONLY)
+            self.closing.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.folder}: another process trains there") from error
+        refuse_links(self.folder)
+        if not args.resume and (self.folder / "args.json").exists():
+            there = (self.folder / "checkpoint.pt").exists()
+            what = "--resume it" if there else "delete it, because it has no checkpoint yet"
+            raise UserError(f"--run-dir {self.folder} holds a run: {what}, or name another")
+
+    def open_log(self) -> None:
+        """Open metrics.csv and TensorBoard; drop what was logged after the checkpoint."""
+        args, path = self.args, self.folder / "metrics.csv"
+        if args.resume:
+            lines = [x for x in path.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
+            with replacing(path) as file:
+                file.writelines(lines[: self.iteration + 1])
+            (self.folder / "results.json").unlink(missing_ok=True)
+        write_json(self.folder / "args.json", vars(args) | {"resume": None})
+        self.metrics_file = self.closing.enter_context(open(path, "a"))
+        self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)
+        self.closing.callback(self.writer.close)
+        rows = [f"| {name} | {value} |" for name, value in vars(args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["| flag | value |", "|-|-|", *rows]))
+        begin = f"resumed at {self.global_step:,} {args.unit}, " if args.resume else ""
+        iterations = f"{args.num_iterations} iterations on {self.device}"
+        say(f"{args.subject}: {begin}{iterations}, logged to {self.folder}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt: the exact state of all that is ours."""
+        rngs = gather(
+            [
+                rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
+                for rng in (self.sampling, self.shuffling)
+            ]
+        )
+        if self.folder is None:
+            return
+        self.wall_seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        checkpoint = {
+            "args": {k: None if isinstance(v, Path) else v for k, v in vars(self.args).items()},
+            "agent": self.agent.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "run": {name: getattr(self, name) for name in COUNTERS},
+            "rngs": rngs,
+        }
+        if self.envs is not None:
+            checkpoint["obs_space"] = pack_space(self.envs.single_observation_space)
+            checkpoint["action_space"] = pack_space(self.envs.single_action_space)
+        os.fsync(self.metrics_file.fileno())  # after a power cut it has all rows of the checkpoint
+        with replacing(self.folder / "checkpoint.pt") as file:
+            torch.save(checkpoint, file)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a folder's checkpoint, or take only its agent to evaluate it."""
+        args, (saved, saved_args) = self.args, load_checkpoint(folder, type(self.args))
+        for name in f"{args.fixed} {'' if args.evaluate else args.fixed_to_resume}".split():
+            was = getattr(saved_args, name)
+            if getattr(args, name) != was:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {getattr(args, name)}: the run in {folder} has {was}")
+        try:
+            check_same_form(self.agent.state_dict(), saved["agent"], "agent")
+            self.agent.load_state_dict(saved["agent"])
+            if args.evaluate:
+                return
+            if len(saved["rngs"]) != world_size():
+                number = len(saved["rngs"])
+                raise ValueError(f"saved by {number} processes, resumed by {world_size()}")
+            load_optimizer(self.optimizer, saved["optimizer"])
+            check_same_form({name: getattr(self, name) for name in COUNTERS}, saved["run"], "run")
+            vars(self).update(saved["run"])
+            numbers = [self.iteration, self.global_step, self.seconds, self.wall_seconds]
+            wrong = not np.isfinite(numbers + self.recent_returns).all() or min(numbers) < 0
+            if wrong or self.global_step >= 2**63 or (self.iteration and not saved["optimizer"]):
+                raise ValueError("its counters are wrong")
+            generators = (self.sampling, self.shuffling)
+            for rng, state in zip(generators, saved["rngs"][rank()], strict=True):
+                if isinstance(rng, torch.Generator):
+                    rng.set_state(state)
+                else:
+                    rng.bit_generator.state = state
+        except Exception as error:  # whatever a file from elsewhere may hold
+            raise UserError(f"{folder} does not fit: {error}") from error
+        if self.iteration >= args.num_iterations and (folder / "results.json").exists():
+            what = f"{folder} is finished after {self.global_step} {args.unit}"
+            raise UserError(f"{what}: --evaluate it, or ask for more")
+
+    # Each iteration
+
+    def count_steps(self, is_transition: np.ndarray, *arrays: np.ndarray) -> None:
+        """Count a rollout's transitions; raise `UserError` for a NaN or an infinity."""
+        if not all(np.isfinite(x).all() for x in arrays):
+            what = f"gave a NaN or infinity after step {self.global_step}"
+            raise UserError(f"{self.args.env_id} {what}")
+        steps = gather(int(is_transition.sum()))
+        self.global_step += sum(steps)
+        self.weight = steps[rank()] / sum(steps)
+
+    def average(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Return the means of what minibatches noted, over all processes."""
+        numbers = torch.stack([x for row in stats for x in row.values()]).view(len(stats), -1)
+        means = dict(zip(stats[0], all_sum(self.weight * numbers.mean(0)).tolist()))
+        wrong = [name for name, x in means.items() if not math.isfinite(x)]
+        if wrong:
+            what = f"{wrong[0]} is not finite after step {self.global_step}"
+            raise UserError(f"{what}: lower --learning-rate")
+        return means
+
+    def end_iteration(self, metrics: dict[str, float]) -> bool:
+        """Log an iteration, save a checkpoint if one is due; return whether to stop."""
+        finished = gather(self.envs.finished) if self.envs is not None else []
+        episodes = [(score, length) for part in finished for _, score, length in part]
+        if self.envs is not None:
+            self.envs.finished = []
+        self.recent_returns = [*self.recent_returns, *(score for score, _ in episodes)][-100:]
+        score, length = np.mean(episodes, axis=0).tolist() if episodes else (math.nan, math.nan)
+        self.iteration += 1
+        self.seconds = time.perf_counter() - self.loop_time
+        metrics = {
+            "charts/episodic_return": score,
+            "charts/episodic_length": length,
+            "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "charts/SPS": int(self.global_step / self.seconds),
+        } | metrics
+        if self.on_iteration is not None and self.on_iteration(self.global_step, metrics):
+            self.stopped = "on_iteration"
+        stopped = any(gather(bool(self.stopped)))
+        with self.file_errors(self.folder):
+            self.log(metrics)
+            last = stopped or self.iteration == self.args.num_iterations
+            if last or self.iteration % self.args.checkpoint_every == 0:
+                self.save()
+        return stopped
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add an iteration's metrics to TensorBoard, metrics.csv and the terminal."""
+        if self.folder is None:
+            return
+        values = [Summary.Value(tag=k, simple_value=x) for k, x in metrics.items() if x == x]
+        self.writer.file_writer.add_summary(Summary(value=values), self.global_step)
+        if self.metrics_file.tell() == 0:
+            print("global_step", *metrics, sep=",", file=self.metrics_file)
+        print(self.global_step, *metrics.values(), sep=",", file=self.metrics_file, flush=True)
+        episodes = self.recent_returns[-10:] or [metrics["charts/episodic_return"]]
+        recent = f"return {np.mean(episodes):.1f}"
+        with contextlib.suppress(OSError):  # the terminal has gone
+            self.bar.set_postfix_str(recent, refresh=False)
+            self.bar.update(self.args.batch_size)
+        if self.bar.disable and time.perf_counter() - self.print_time > 5:
+            self.print_time = time.perf_counter()
+            speed = f"{metrics['charts/SPS']:,} {self.args.unit}/s"
+            say(f"{self.global_step:,} {self.args.unit}  {recent}  {speed}")
+
+    # The end
+
+    def finish(self, make_envs: Callable) -> dict[str, Any]:
+        """Evaluate the policy, write and return the results."""
+        self.close_envs()
+        self.bar.close()
+        args, results = self.args, {"env_id": self.args.env_id, "seed": self.args.seed}
+        if self.stopped:
+            say(f"stopped after {self.global_step} {args.unit}")
+        if not args.evaluate:
+            returns = self.recent_returns
+            results |= {
+                "run_dir": str(self.folder),
+                "global_step": self.global_step,
+                "sps": int(self.global_step / self.seconds),
+                "train_return": float(np.mean(returns)) if returns else None,
+            }
+        if rank() == 0:
+            results |= self.evaluate(make_envs)
+        results["stopped"] = self.stopped or None
+        if rank() == 0:
+            self.write_results(results)
+            if args.capture_video:
+                self.film(make_envs, self.agent)
+        return results
+
+    def evaluate(self, make_envs: Callable) -> dict[str, Any]:
+        """Evaluate with the most likely and with sampled actions; print and return the figures."""
+        args, results = self.args, {"eval_episodes": self.args.eval_episodes}
+        mode = "sync" if args.vectorization_mode == "async" else args.vectorization_mode
+        args = dataclasses.replace(args, vectorization_mode=mode)
+        self.envs = RecordedEnvs(make_envs(args, args.eval_episodes))
+        before = self.stopped
+        for prefix, name in (("eval", "deterministic"), ("eval_stochastic", "stochastic")):
+            rng = np.random.default_rng(self.eval_seed) if name == "stochastic" else None
+            scores, cut_off = evaluate(
+                self.agent,
+                self.envs,
+                args.eval_episodes,
+                self.eval_seed,
+                rng,
+                stop=lambda: self.stopped != before,
+            )
+            mean, std = float(np.mean(scores)), float(np.std(scores))
+            if not math.isfinite(mean):
+                raise UserError(f"{args.env_id} gave a NaN or infinity in the evaluation")
+            results |= {f"{prefix}_mean": mean, f"{prefix}_std": std, f"{prefix}_cut_off": cut_off}
+            say(f"{name} evaluation: {mean:.1f} ± {std:.1f}")
+            if cut_off:
+                say(f"{cut_off} of {len(scores)} episodes were cut off before their end")
+            if self.stopped != before:
+                break
+        self.close_envs()
+        return results
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json."""
+        self.wall_seconds += time.perf_counter() - self.started
+        if self.folder is not None:
+            results["wall_seconds"] = round(self.wall_seconds, 2)
+            with self.file_errors(self.folder):
+                write_json(self.folder / "results.json", results)
+
+    def film(self, make_envs: Callable, agent: Any) -> None:
+        """Save a video of one episode of the most likely actions; without an agent only try."""
+        envs = RecordedEnvs(make_envs(self.args, 1, render_mode="rgb_array"))
+        with contextlib.closing(envs):
+            obs, _ = envs.reset(seed=self.eval_seed)
+            try:
+                from gymnasium.utils.save_video import save_video
+
+                picture(envs, obs)
+            except Exception as error:
+                hint = 'pip install "gymnasium[other]" moviepy, on a machine that can draw'
+                raise UserError(f"--capture-video: {error} ({hint})") from error
+            if agent is not None:
+                frames: list[np.ndarray] = []
+                evaluate(agent, envs, 1, self.eval_seed, None, lambda: len(frames) >= 2_000, frames)
+                folder = self.folder or self.args.evaluate
+                fps = envs.metadata.get("render_fps", 30)
+                save_video(frames, str(folder), lambda _: True, name_prefix="final", fps=fps)
+                say(f"video: {folder / 'final-episode-0.mp4'}")
+
+
+# ---- What came out of it -----------------------------------------------------------------------
+
+
+def evaluate(
+    agent: Any,
+    envs: RecordedEnvs,
+    episodes: int,
+    seed: int,
+    rng: np.random.Generator | None,
+    stop: Callable[[], bool] = lambda: False,
+    frames: list[np.ndarray] | None = None,
+) -> tuple[list[float], int]:
+    """Play whole episodes; return their returns, and how many of them were cut off.
+
+    Each environment plays its quota: the first to end in a race would be the short ones. An episode
+    is cut off after 30,000 steps. Pictures of the first environment go to `frames`.
+    """
+    quotas = np.array([len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)])
+    scores: list[float] = []
+    obs, info = envs.reset(seed=seed)
+    policy = agent.policy()
+    while quotas.any() and envs.lengths[quotas > 0].max() < 30_000 and not stop():
+        if frames is not None:
+            frames.append(picture(envs, obs))
+        obs, _, _, _, info = envs.step(agent.act(obs, info, rng, policy))
+        for i, score, _ in envs.finished:
+            if quotas[i] > 0:
+                quotas[i] -= 1
+                scores.append(score)
+        envs.finished = []
+    return [*scores, *envs.returns[quotas > 0].tolist()], int((quotas > 0).sum())
+
+
+def picture(envs: Any, obs: np.ndarray) -> np.ndarray:
+    """Return a picture of the first environment; if it draws none, what the agent sees."""
+    return envs.render()[0] if envs.render_mode == "rgb_array" else np.stack([obs[0, -1]] * 3, -1)
+
+
+def load_agent(folder: Path | str, args_class: type, agent_class: type) -> Any:
+    """Return the agent of a folder's checkpoint, without its environment.
+
+    `agent.act(obs, info, rng)` gives actions for observations (N, D).
+    """
+    saved, args = load_checkpoint(Path(folder), args_class)
+    try:
+        envs = gym.vector.VectorEnv()
+        envs.single_observation_space = unpack_space(saved["obs_space"])
+        envs.single_action_space = unpack_space(saved["action_space"])
+        agent = agent_class(args, envs)
+        check_same_form(agent.state_dict(), saved["agent"], "agent")
+        agent.load_state_dict(saved["agent"])
+    except Exception as error:
+        raise UserError(f"{folder} holds no such agent: {error}") from error
+    return agent
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def help_in_groups(cls: Any) -> Any:
+    """Return a dataclass of two, for `--help`: the flags of a script, and those of running it."""
+    source = "".join(
+        inspect.getsource(c) for c in cls.__mro__ if hasattr(c, "__dataclass_fields__")
+    )
+    fields, own = cls.__dataclass_fields__, list(vars(cls)["__annotations__"])
+    groups, apart = [], typing.cast(Any, tyro.conf.OmitArgPrefixes)
+    for title, names in (("algorithm", own), ("run", [x for x in fields if x not in own])):
+        rows = []
+        for name in names:
+            pattern = rf"((?:^ +#.*\n)*)^ +{name}: [^#\n]*(#.*)?$"
+            comments = " ".join(filter(None, re.search(pattern, source, re.MULTILINE).groups()))
+            text = " ".join(comments.replace("#", " ").split())
+            kind = Annotated[fields[name].type, tyro.conf.arg(help=text)]
+            rows.append((name, kind, dataclasses.field(default=fields[name].default)))
+        group: Any = dataclasses.make_dataclass(title, rows)
+        groups.append((title, apart[group]))
+    return dataclasses.make_dataclass("Flags", groups)
+
+
+def parse(cls: type) -> Any:
+    """Read the flags; the defaults are those of the run that is continued or evaluated."""
+    if {"-h", "--help"} & set(sys.argv):
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --help | head
+        tyro.cli(help_in_groups(cls), description=cls.__doc__)  # exits
+    typed: Any = tyro.cli(cls)
+    RunArgs.check(typed)
+    if not (typed.resume or typed.evaluate):
+        return typed
+    _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
+    saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
+    if ":" in saved.subject and typed.subject != saved.subject:  # to import it would run its code
+        raise UserError(f"the run wants to import {saved.subject}: type --env-id to allow that")
+    return tyro.cli(cls, default=saved)
+
+
+def main(cls: type, train: Callable) -> None:
+    """Run from the command line: a `UserError` is one line and exit status 2."""
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    try:
+        _, results = train(parse(cls))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before the training or after it
+        sys.exit(128 + signal.SIGINT)
+    if str(results.get("stopped")).startswith("SIG"):
+        sys.exit(128 + signal.Signals[results["stopped"]])
