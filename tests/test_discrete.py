@@ -112,7 +112,7 @@ def test_action_of_parts_is_a_product_of_categoricals(env: str, sizes: tuple) ->
 
 @pytest.mark.parametrize("env", ["Parts", "Bits"])
 def test_train_with_actions_of_parts_learns_them_all(run_dir, env: str) -> None:
-    flags = LEARN | dict(total_timesteps=24_000, ent_coef=0.0)
+    flags = LEARN | dict(total_timesteps=32_000, ent_coef=0.0)
     _, results = train(quick_args(ppo_discrete, run_dir, env_id=f"test/{env}-v0", **flags))
     assert results["eval_mean"] == 10.0
 
