@@ -715,6 +715,16 @@ class Run:
         self.envs = RecordedEnvs(make_envs(self.args, self.args.num_envs // world_size()))
         return self.envs
 
+    def first_observations(self, agent: Any) -> np.ndarray:
+        """Return what an untrained agent sees in 256 steps, (B, D), for the first statistics."""
+        rng, rows = np.random.default_rng(self.eval_seed), []
+        obs, info = self.envs.reset(seed=self.env_seed)
+        for _ in range(max(1, 256 // self.args.num_envs)):
+            rows.append(obs[~self.envs.done])
+            obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng))
+        self.global_step += sum(gather(sum(map(len, rows))))
+        return np.concatenate(rows)
+
     def close_envs(self, abandon: bool = False) -> bool:
         """Close the environments; return whether each had a process."""
         envs, self.envs = self.envs, None

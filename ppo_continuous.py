@@ -302,6 +302,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         actions = np.zeros((T, N, agent.num_actions), np.float32)
         rewards = np.zeros((T, N), np.float32)
         terminated = np.zeros((T, N), bool)
+        if args.norm_obs and run.iteration == 0:  # so that no rollout acts on raw observations
+            agent.obs_normaliser.update(run.first_observations(agent))
         obs[T], _ = envs.reset(seed=run.env_seed)
 
         for iteration in range(run.iteration, args.num_iterations):
@@ -323,9 +325,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 discounted[t + 1] = rewards[t] + args.gamma * discounted[t] * ~done[t]
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
             run.count_steps(is_transition, obs, rewards)
-            if iteration == 0:
-                agent.obs_normaliser.update(obs[:-1][is_transition])
-                agent.reward_scaler.update(discounted[1:][is_transition])
+            agent.reward_scaler.update(discounted[1:][is_transition])
 
             # ---- [2] Advantages: one pass over all rows, by the parameters that played ---------
             inputs = tensor(agent.obs_normaliser.function()(obs))  # (T + 1, N, D)
@@ -388,9 +388,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             sent = agent.to_env(actions[is_transition])
             at_bounds = ((sent == agent.box.low) | (sent == agent.box.high)).mean()
             metrics["charts/clipped_actions"] = float(np.mean(experiment.gather(at_bounds)))
-            if iteration > 0:  # never within an iteration: the ratio starts at 1
-                agent.obs_normaliser.update(obs[:-1][is_transition])
-                agent.reward_scaler.update(discounted[1:][is_transition])
+            # Statistics change between iterations only: within one, the first ratio is 1.
+            agent.obs_normaliser.update(obs[:-1][is_transition])
             if run.end_iteration(metrics):
                 break
         return agent, run.finish(make_envs)

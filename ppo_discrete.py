@@ -263,6 +263,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         actions = np.zeros((T, N, choices.shape[0]), np.int64)
         rewards = np.zeros((T, N), np.float32)
         terminated = np.zeros((T, N), bool)
+        if args.norm_obs and run.iteration == 0:  # so that no rollout acts on raw observations
+            agent.obs_normaliser.update(run.first_observations(agent))
         obs[T], info = envs.reset(seed=run.env_seed)
         masks[T] = choices.masks(info)
 
@@ -281,8 +283,6 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 done[t + 1] = terminated[t] | truncated
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
             run.count_steps(is_transition, obs, rewards)
-            if iteration == 0:
-                agent.obs_normaliser.update(obs[:-1][is_transition])
 
             # ---- [2] Advantages: one pass over all rows, by the parameters that played ---------
             inputs = tensor(agent.obs_normaliser.function()(obs))  # (T + 1, N, D)
@@ -342,8 +342,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             metrics = run.average(stats)
             metrics["explained_variance"] = explained_variance(batch.values, batch.returns)
             metrics["kl_coef"] = agent.kl_coef.item()
-            if iteration > 0:  # never within an iteration: the ratio starts at 1
-                agent.obs_normaliser.update(obs[:-1][is_transition])
+            # Statistics change between iterations only: within one, the first ratio is 1.
+            agent.obs_normaliser.update(obs[:-1][is_transition])
             if run.end_iteration({f"losses/{name}": x for name, x in metrics.items()}):
                 break
         return agent, run.finish(make_envs)

@@ -156,7 +156,8 @@ def test_clipped_actions_of_a_box_without_some_bounds_counts_the_others(run_dir,
 def test_clipped_actions_counts_no_reset_row(monkeypatch, run_dir) -> None:
     """Every fourth row of `PoisonBox` is a reset."""
     calls = spy(monkeypatch, "to_env", Agent)
-    args = quick_args(ppo_continuous, run_dir, env_id="test/PoisonBox-v0", total_timesteps=128)
+    flags = dict(env_id="test/PoisonBox-v0", total_timesteps=128, norm_obs=False)
+    args = quick_args(ppo_continuous, run_dir, **flags)
     _, results = train(args)
     whole = [len(call.result) for call in calls if len(call.result) > args.num_envs]
     assert whole == [results["global_step"]] and results["global_step"] < 128
@@ -203,8 +204,10 @@ def test_normalisers_can_be_switched_off(run_dir, on: bool) -> None:
     big = np.array([[1e4, -1e4]], np.float32)
     assert np.abs(agent.obs_normaliser.function()(big)).max() == (2.5 if on else 1e4)
     assert agent.reward_scaler.function()(big).max() == (10.0 if on else 1e4)
-    for normaliser in (agent.obs_normaliser, agent.reward_scaler):
-        assert normaliser.count == (results["global_step"] if on else 0)
+    assert agent.obs_normaliser.count == (results["global_step"] if on else 0)
+    # The first observations, of 256 steps at most, come without returns.
+    first = agent.obs_normaliser.count - agent.reward_scaler.count
+    assert 0 < first <= 256 if on else first == 0
 
 
 def test_train_gives_the_normalisers_transitions_only(monkeypatch, run_dir) -> None:
@@ -218,7 +221,8 @@ def test_train_gives_the_normalisers_transitions_only(monkeypatch, run_dir) -> N
         for name in ("obs_normaliser", "reward_scaler")
     }
     obs, returns = (np.concatenate(parts).astype(np.float64) for parts in rows.values())
-    assert len(obs) == len(returns) == results["global_step"] == agent.obs_normaliser.count
+    first = len(rows["obs_normaliser"][0])
+    assert len(obs) == len(returns) + first == results["global_step"] == agent.obs_normaliser.count
     assert not (obs[:, 0] == MARK).any()
     np.testing.assert_allclose(agent.obs_normaliser.mean, obs.mean(0), rtol=1e-6)
     np.testing.assert_allclose(agent.obs_normaliser.var, obs.var(0), rtol=1e-5, atol=1e-9)
@@ -226,10 +230,10 @@ def test_train_gives_the_normalisers_transitions_only(monkeypatch, run_dir) -> N
     # episodes of two environments are shorter.
     sums, counts = np.unique(returns.round(6), return_counts=True)
     assert sums.tolist() == [1.0, 1.9, 2.71] and np.ptp(counts) <= 4
-    # The scale of an iteration is that of the rows before it; the first looks at its own.
-    first = rows["reward_scaler"][0]
-    scaled = rollouts[0].rewards.max().item()
-    assert scaled == pytest.approx(min(10.0, 1 / np.sqrt(first.var() + 1e-8)), rel=1e-5)
+    for i, rollout in enumerate(rollouts):  # an iteration's scale is that of all rows up to its own
+        seen = np.concatenate(rows["reward_scaler"][: i + 1])
+        scale = min(10.0, 1 / np.sqrt(seen.var() + 1e-8))
+        assert rollout.rewards.max().item() == pytest.approx(scale, rel=1e-5)
 
 
 def test_state_dict_of_an_agent_is_its_whole_policy(run_dir) -> None:

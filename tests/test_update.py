@@ -31,6 +31,27 @@ def test_train_first_minibatch_of_every_update_has_ratio_one(script, monkeypatch
     assert any((call.ratio - 1).abs().max() > 1e-4 for call in calls)
 
 
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous], ids=["discrete", "continuous"])
+def test_train_acts_and_learns_with_the_same_statistics(script, monkeypatch, run_dir) -> None:
+    """No rollout sees raw observations, the first one neither."""
+    counts: list[tuple[str, float]] = []
+
+    def note(name: str, original) -> None:
+        def noted(agent, *args):
+            counts.append((name, agent.obs_normaliser.count.item()))
+            return original(agent, *args)
+
+        monkeypatch.setattr(script.Agent, name, noted)
+
+    for name in ("policy", "log_prob_and_entropy"):
+        note(name, getattr(script.Agent, name))
+    script.train(quick_args(script, run_dir, norm_obs=True, eval_episodes=1))
+    acting = [i for i, (name, _) in enumerate(counts) if name == "policy" and counts[i][1] > 0]
+    rollouts = [i for i in acting if counts[i + 1 : i + 2] and counts[i + 1][0] != "policy"]
+    assert len(rollouts) == quick_args(script, run_dir).num_iterations
+    assert all(counts[i][1] == counts[i + 1][1] for i in rollouts)
+
+
 POISON = {
     "ppo_discrete": dict(env_id="test/Poison-v0", norm_obs=False),
     "ppo_continuous": dict(env_id="test/PoisonBox-v0", norm_obs=False, norm_reward=False),
