@@ -966,9 +966,8 @@ class Run:
     def evaluate(self, make_envs: Callable) -> dict[str, Any]:
         """Evaluate with the most likely and with sampled actions; print and return the figures."""
         args, results = self.args, {"eval_episodes": self.args.eval_episodes}
-        mode = "sync" if args.vectorization_mode == "async" else args.vectorization_mode
-        args = dataclasses.replace(args, vectorization_mode=mode)
-        self.envs = RecordedEnvs(make_envs(args, args.eval_episodes))
+        num_envs = min(args.num_envs // world_size(), args.eval_episodes)
+        self.envs = RecordedEnvs(make_envs(args, num_envs))
         before = self.stopped
         for prefix, name in (("eval", "deterministic"), ("eval_stochastic", "stochastic")):
             rng = np.random.default_rng(self.eval_seed) if name == "stochastic" else None
@@ -1040,6 +1039,7 @@ def evaluate(
     """
     quotas = np.array([len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)])
     scores: list[float] = []
+    seed_global_generators(seed)
     obs, info = envs.reset(seed=seed)
     policy = agent.policy()
     while quotas.any() and envs.lengths[quotas > 0].max() < 30_000 and not stop():

@@ -431,3 +431,16 @@ def test_results_json_is_valid_json_also_where_no_episode_ended(run_dir) -> None
     ppo_discrete.train(quick_args(ppo_discrete, run_dir, **flags))
     results = json.loads((run_dir / "results.json").read_text(), parse_constant=lambda x: 1 / 0)
     assert results["train_return"] is None
+
+
+@forks
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_evaluation_takes_no_more_environments_than_training_in_the_same_mode(
+    run_dir, monkeypatch, mode: str
+) -> None:
+    calls = spy(monkeypatch, "make_vec", experiment.gym)
+    flags = dict(num_envs=4, num_minibatches=2, total_timesteps=64, eval_episodes=30)
+    args = quick_args(ppo_discrete, run_dir, vectorization_mode=mode, **flags)
+    _, results = ppo_discrete.train(args)
+    assert len(calls) >= 2 and results["eval_episodes"] == 30
+    assert all(call.num_envs <= 4 and call.vectorization_mode == mode for call in calls)
