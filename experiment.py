@@ -13,6 +13,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -152,6 +153,8 @@ def split_seed(seed: int) -> list[int]:
 
 def start(args: RunArgs) -> torch.device:
     """Check the flags, seed everything, join the processes of torchrun; return the device."""
+    if not gc.get_freeze_count():  # the objects of the imported libraries are there to stay
+        gc.freeze()
     args.check()
     torch.set_num_threads(args.num_threads)
     for path in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):  # NumPy has its own
@@ -357,11 +360,12 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         self.done = np.zeros(self.num_envs, bool)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
+        self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
         return self.as_floats(obs), self.with_masks(info)
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        rewards = np.where(self.done, 0.0, rewards).astype(np.float32)
+        rewards = np.where(self.done, 0.0, rewards).astype(np.float32, copy=False)
         self.returns += rewards
         self.lengths += ~self.done
         self.done = terminated | truncated
@@ -376,8 +380,8 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         return obs if is_images else obs.astype(np.float32, copy=False)
 
     def with_masks(self, info: dict) -> dict:
-        if hasattr(self.env.unwrapped, "action_masks"):  # of all environments at once
-            info = info | {"action_mask": np.asarray(self.env.unwrapped.action_masks())}
+        if self.masks_of_all is not None:
+            info = info | {"action_mask": np.asarray(self.masks_of_all())}
         if "action_mask" in info and self.done.any():
             info = info | {"_action_mask": info.get("_action_mask", True) & ~self.done}
         return info
