@@ -153,8 +153,6 @@ def split_seed(seed: int) -> list[int]:
 
 def start(args: RunArgs) -> torch.device:
     """Check the flags, seed everything, join the processes of torchrun; return the device."""
-    if not gc.get_freeze_count():  # the objects of the imported libraries are there to stay
-        gc.freeze()
     args.check()
     torch.set_num_threads(args.num_threads)
     for path in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):  # NumPy has its own
@@ -228,6 +226,12 @@ def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
 # ---- Environments ------------------------------------------------------------------------------
 
 
+def single_env(env: Any) -> Any:
+    """Wrap an environment in `SingleEnv` if that changes anything."""
+    wrapped = SingleEnv(env)
+    return wrapped if wrapped.in_obs or wrapped.by_method or wrapped.in_worker else env
+
+
 class SingleEnv(gym.Wrapper):
     """One environment. Its masks go to the info, from its observation or its `action_masks()`."""
 
@@ -264,7 +268,7 @@ class SingleEnv(gym.Wrapper):
 
 
 def make_vec(
-    args: EnvArgs, num_envs: int, wrap: Callable = SingleEnv, **kwargs: Any
+    args: EnvArgs, num_envs: int, wrap: Callable = single_env, **kwargs: Any
 ) -> gym.vector.VectorEnv:
     """Make environments as the flags name them; `wrap` is applied to each, if they are single.
 
@@ -357,7 +361,7 @@ class RecordedEnvs(gym.vector.VectorWrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
-        self.done = np.zeros(self.num_envs, bool)
+        self.done, self.any_done = np.zeros(self.num_envs, bool), False
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
         self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
@@ -365,11 +369,14 @@ class RecordedEnvs(gym.vector.VectorWrapper):
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        rewards = np.where(self.done, 0.0, rewards).astype(np.float32, copy=False)
+        rewards = rewards.astype(np.float32)
+        if self.any_done:
+            rewards[self.done] = 0.0
         self.returns += rewards
         self.lengths += ~self.done
         self.done = terminated | truncated
-        if self.done.any():
+        self.any_done = bool(np.count_nonzero(self.done))
+        if self.any_done:
             for i in self.done.nonzero()[0].tolist():
                 self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
             self.returns[self.done] = self.lengths[self.done] = 0
@@ -382,7 +389,7 @@ class RecordedEnvs(gym.vector.VectorWrapper):
     def with_masks(self, info: dict) -> dict:
         if self.masks_of_all is not None:
             info = info | {"action_mask": np.asarray(self.masks_of_all())}
-        if "action_mask" in info and self.done.any():
+        if self.any_done and "action_mask" in info:
             info = info | {"_action_mask": info.get("_action_mask", True) & ~self.done}
         return info
 
@@ -458,8 +465,8 @@ class Normaliser(nn.Module):
             self.mean += weight * delta
             self.count += count
 
-    def function(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Return what normalises rows by the moments of now, and clips them."""
+    def snapshot(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return a function that normalises and clips rows by the present moments."""
         if not self.enabled:
             return lambda rows: rows
         mean = (self.mean * self.shift).float().numpy()
@@ -664,6 +671,8 @@ class Run:
 
     def __init__(self, args: Any, on_iteration: Callable | None = None):
         self.args, self.on_iteration = args, on_iteration
+        self.is_first = gc.get_freeze_count() == 0
+        self.spare_the_collector()
         self.device = start(args)
         self.env_seed, _, sample_seed, shuffle_seed, self.eval_seed = split_seed(args.seed)
         self.sampling: Any = np.random.default_rng(sample_seed + rank())
@@ -682,6 +691,11 @@ class Run:
             for number in SIGNALS:
                 self.closing.callback(signal.signal, number, signal.signal(number, self.on_signal))
         return self
+
+    def spare_the_collector(self) -> None:
+        """Freeze the million objects of the libraries, which it need not look at again."""
+        if self.is_first:  # or the garbage of earlier runs would stay as well
+            gc.freeze()
 
     def on_signal(self, number: int, _: Any) -> None:
         """Stop after this iteration, or stop evaluating. A second signal ends the process at once.
@@ -750,6 +764,7 @@ class Run:
     def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Open the folder, or take up its checkpoint. Call it once, before the loop."""
         self.agent, self.optimizer, args = agent, optimizer, self.args
+        self.spare_the_collector()  # once more: the optimiser has imported torch._dynamo
         with self.file_errors(args.run_dir or args.resume):
             if rank() == 0 and not args.evaluate:
                 self.lock_folder()
@@ -887,7 +902,7 @@ class Run:
         self.weight = steps[rank()] / sum(steps)
 
     def average(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Return the means of what minibatches noted, over all processes."""
+        """Return the means of the minibatches' statistics, over all processes."""
         numbers = torch.stack([x for row in stats for x in row.values()]).view(len(stats), -1)
         means = dict(zip(stats[0], all_sum(self.weight * numbers.mean(0)).tolist()))
         wrong = [name for name, x in means.items() if not math.isfinite(x)]
@@ -1024,7 +1039,7 @@ class Run:
                 say(f"video: {folder / 'final-episode-0.mp4'}")
 
 
-# ---- What came out of it -----------------------------------------------------------------------
+# ---- Evaluation and loading --------------------------------------------------------------------
 
 
 def evaluate(

@@ -15,11 +15,11 @@ Each iteration of `train` has four parts:
 Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch, M in a minibatch,
 P parts of an action (1 unless the space is MultiDiscrete or MultiBinary), A choices of each part.
 
-Environments restart one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
+Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
 ignored, so it is not a transition and stays out of the batch. obs[t + 2] starts the next episode.
 
-What is not PPO (run folder, checkpoints, evaluation, command line) stands in experiment.py.
+What is not PPO (run folder, checkpoints, evaluation, command line) is in experiment.py.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, arXiv 1506.02438).
 "Detail n" is a number in "The 37 Implementation Details of PPO" (Huang et al. 2022).
 """
@@ -45,33 +45,33 @@ class Args(EnvArgs):
     """Train a PPO agent with discrete actions, then evaluate it."""
 
     env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first.
-    total_timesteps: int = 50_000  # Steps of all environments together.
+    total_timesteps: int = 50_000  # Total steps over all environments.
     num_envs: int = 32  # N: environments that run in parallel.
-    num_steps: int = 32  # T: steps of each environment in one rollout.
-    learning_rate: float = 2.5e-3  # Adam's learning rate at the start.
+    num_steps: int = 32  # T: steps per environment and rollout.
+    learning_rate: float = 2.5e-3  # Adam's initial learning rate.
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (detail 4).
-    update_epochs: int = 10  # K: passes over the batch in one update.
-    num_minibatches: int = 4  # Minibatches in one pass over the batch.
+    update_epochs: int = 10  # K: passes over the batch per update.
+    num_minibatches: int = 4  # Minibatches per pass over the batch.
     gamma: float = 0.99  # Discount factor.
     gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
-    # Over what advantages are normalised to mean 0 and std 1; minibatch is detail 7.
+    # The rows over which advantages are normalised to mean 0 and std 1; minibatch is detail 7.
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
-    clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
+    clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
     clip_vloss: bool = False  # Clip the value loss by clip_coef as well (detail 9).
     ent_coef: float = 0.01  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
-    max_grad_norm: float = 0.5  # Limit of the gradient's global norm (detail 11).
-    target_kl: float | None = None  # KL that ends an update. With penalty: KL to keep, else 0.01.
-    kl_coef: float = 1.0  # With objective penalty: the first KL coefficient, beta.
+    max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
+    target_kl: float | None = None  # Ends an update above this KL. With penalty: target KL, 0.01.
+    kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     norm_obs: bool = False  # Normalise observations by their running mean and std (details 28, 29).
-    hidden_size: int = 64  # Units of each of the two hidden layers.
+    hidden_size: int = 64  # Units in each of the two hidden layers.
     activation: Literal["relu", "tanh"] = "relu"  # CleanRL and Baselines use tanh.
 
-    fixed = "env_id kl_coef norm_obs hidden_size activation"  # in a trained network
+    fixed = "env_id kl_coef norm_obs hidden_size activation"  # by the trained network
 
     def check(self) -> None:
-        """Raise `UserError`, which names the flag, for a value that cannot work."""
+        """Raise `UserError`, which names the flag, for an invalid value."""
         super().check()
         self.check_range("update_epochs num_minibatches hidden_size", 1)
         self.check_range("gamma gae_lambda", 0, 1)
@@ -93,7 +93,7 @@ class Batch(NamedTuple):
     log_probs: Tensor  # (B,), of the actions, under the policy that took them
     advantages: Tensor  # (B,)
     returns: Tensor  # (B,), targets of the critic
-    values: Tensor  # (B,), as the critic saw them before the update
+    values: Tensor  # (B,), the critic's estimates before the update
 
 
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
@@ -106,14 +106,14 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
 
 
 def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
-    """Return linear layers and activations, with orthogonal weights and zero biases (detail 2)."""
+    """Return a multilayer perceptron with orthogonal weights and zero biases (detail 2)."""
     layers: list[Any] = []
     for size, next_size in zip(sizes, sizes[1:]):
         layers.append(nn.Linear(size, next_size))
         nn.init.orthogonal_(layers[-1].weight, math.sqrt(2.0))
         nn.init.zeros_(layers[-1].bias)
         layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.Tanh())
-    nn.init.orthogonal_(layers[-2].weight, head_gain)  # the last layer, without an activation
+    nn.init.orthogonal_(layers[-2].weight, head_gain)  # the last layer, which has no activation
     return nn.Sequential(*layers[:-1])
 
 
@@ -134,12 +134,12 @@ class Agent(nn.Module):
         self.obs_normaliser = Normaliser(self.obs_shape, clip=10.0, enabled=args.norm_obs)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return the policy of now, from obs (N, D), masks and a generator to actions (N, P).
+        """Return a snapshot of the policy: obs (N, D), masks and a generator to actions (N, P).
 
-        argmax(logits + Gumbel noise) samples softmax(logits); without a generator it is the mode.
+        argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
         forward = experiment.numpy_forward(self.actor)
-        normalise_obs = self.obs_normaliser.function()
+        normalise_obs = self.obs_normaliser.snapshot()
 
         def choose(obs: np.ndarray, masks: np.ndarray, rng: Any) -> np.ndarray:
             logits = forward(normalise_obs(obs)).reshape(-1, *self.choices.shape) + masks
@@ -157,7 +157,7 @@ class Agent(nn.Module):
         """Return log pi(a|s) and the entropy of pi(.|s), both (...), for actions (..., P).
 
         The parts of an action are independent: log-probabilities and entropies add (detail 37). A
-        masked choice has probability 0 exactly, and its logit no gradient.
+        masked choice has probability 0 exactly, and its logit gets no gradient.
         """
         logits = self.actor(obs).unflatten(-1, self.choices.shape) + masks
         log_pi = logits.log_softmax(-1)  # (..., P, A)
@@ -173,7 +173,7 @@ class Agent(nn.Module):
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """Return mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), to be maximised (PPO eq. 7).
 
-    The min is pessimistic: outside the range an improvement no longer counts, a loss still does.
+    The min is pessimistic: outside the range gains no longer count, but losses still do.
     """
     clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
     return torch.min(ratio * advantages, clipped * advantages).mean()
@@ -191,13 +191,13 @@ def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: Tenso
 def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
     """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
     factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
-    kl_coef.mul_(factor).clamp_(1e-6, 1e6)  # from 0 it could never rise again
+    kl_coef.mul_(factor).clamp_(1e-6, 1e6)  # at 0 it could never grow back
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, the larger of that error and the one with V within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
@@ -207,7 +207,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def ppo_loss(agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss to minimise, PPO's eq. 9 with the sign flipped, and what to log of it."""
+    """Return the loss to minimise, PPO's eq. 9 with the sign flipped, and statistics to log."""
     log_probs, entropies, values = agent(batch)
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
@@ -237,29 +237,29 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if the critic foresaw everything."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if the critic predicts them perfectly."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 
 
 def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> tuple[Agent, dict]:
-    """Train an agent, yours or a new one; return it and the results of its evaluation.
+    """Train `agent`, or a new one; return it and its evaluation results.
 
-    `on_iteration(step, metrics)` is called after each iteration; True ends the training.
+    `on_iteration(step, metrics)` is called after each iteration; return True to stop training.
     """
     with experiment.Run(args, on_iteration) as run:
         envs = run.make_envs(make_envs)
         agent = (agent or Agent(args, envs)).to(run.device)
-        parameters = experiment.flatten_parameters(agent)  # one vector of all: faster to update
+        parameters = experiment.flatten_parameters(agent)  # all in one vector: faster to update
         optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
-        run.start(agent, optimizer)
+        run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
         tensor = partial(torch.as_tensor, device=run.device)
         T, N, choices = args.num_steps, envs.num_envs, agent.choices
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
         masks = np.zeros((T + 1, N, *choices.shape), np.float32)
-        done = np.zeros((T + 1, N), bool)  # whether the step before ended an episode
+        done = np.zeros((T + 1, N), bool)  # whether the previous step ended an episode
         actions = np.zeros((T, N, choices.shape[0]), np.int64)
         rewards = np.zeros((T, N), np.float32)
         terminated = np.zeros((T, N), bool)
@@ -273,7 +273,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
             # ---- [1] Rollout: T steps in N environments; only the policy runs ------------------
-            obs[0], masks[0], done[0] = obs[T], masks[T], done[T]  # continue where the last ended
+            obs[0], masks[0], done[0] = obs[T], masks[T], done[T]  # where the last rollout ended
             policy = agent.policy()
             for t in range(T):
                 actions[t] = policy(obs[t], masks[t], run.sampling)
@@ -282,15 +282,17 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 masks[t + 1] = choices.masks(info)
                 done[t + 1] = terminated[t] | truncated
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
-            run.count_steps(is_transition, obs, rewards)
+            run.count_steps(is_transition, obs, rewards)  # refuses NaN and infinity
 
-            # ---- [2] Advantages: one pass over all rows, by the parameters that played ---------
-            inputs = tensor(agent.obs_normaliser.function()(obs))  # (T + 1, N, D)
-            taken, legal = tensor(actions), tensor(masks[:-1])
+            # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
+            inputs = tensor(agent.obs_normaliser.snapshot()(obs))  # (T + 1, N, D)
+            # Only now: rollout and update must normalise alike, or the first ratio would not be 1.
+            agent.obs_normaliser.update(obs[:-1][is_transition])
+            taken, logit_masks = tensor(actions), tensor(masks[:-1])
             with torch.no_grad():
                 values = agent.critic(inputs).squeeze(-1)  # (T + 1, N)
-                log_probs, _ = agent.log_prob_and_entropy(inputs[:-1], taken, legal)  # (T, N)
-            # The last observation of an episode has its own row, so V(s') is the next row of V(s).
+                log_probs, _ = agent.log_prob_and_entropy(inputs[:-1], taken, logit_masks)  # (T, N)
+            # The last observation of an episode has its own row, so V(s') is simply V's next row.
             advantages, returns = gae(
                 rewards=tensor(rewards),
                 values=values[:-1],
@@ -304,7 +306,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             batch = Batch(
                 obs=inputs[:-1][keep],
                 actions=taken[keep],
-                masks=legal[keep],
+                masks=logit_masks[keep],
                 log_probs=log_probs[keep],
                 advantages=advantages[keep],
                 returns=returns[keep],
@@ -314,37 +316,36 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 batch = batch._replace(advantages=normalise(batch.advantages))
 
             # ---- [3] Update: K epochs of shuffled minibatches ----------------------------------
-            stats = []  # of each minibatch
+            logged = []  # the statistics of each minibatch
             for _ in range(args.update_epochs):
                 order = tensor(run.shuffling.permutation(len(batch.obs)))
-                for rows in order.tensor_split(args.num_minibatches):
-                    minibatch = Batch(*(x[rows] for x in batch))
+                parts = [x[order].tensor_split(args.num_minibatches) for x in batch]
+                for minibatch in map(Batch, *parts):
                     if args.norm_adv == "minibatch":
                         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
                     if args.compile:
-                        figures = compiled(minibatch)
+                        stats = compiled(minibatch)  # also fills parameters.grad
                     else:
                         parameters.grad.zero_()
-                        loss, figures = ppo_loss(agent, args, minibatch)
+                        loss, stats = ppo_loss(agent, args, minibatch)
                         loss.backward()
-                    experiment.all_sum(parameters.grad.mul_(run.weight))  # over all processes
-                    grad_norm = parameters.grad.norm()
+                    experiment.all_sum(parameters.grad.mul_(run.weight))  # mean over processes
+                    grad_norm = parameters.grad.norm()  # clipped as by nn.utils.clip_grad_norm_
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
-                    stats.append(figures | {"grad_norm": grad_norm})
-                epoch_kl = run.average(stats[-args.num_minibatches :])["approx_kl"]
+                    logged.append(stats | {"grad_norm": grad_norm})
+                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
                 if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
                     break
             if args.objective == "penalty":
                 adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
-            metrics = run.average(stats)
+            metrics = run.average(logged)
             metrics["explained_variance"] = explained_variance(batch.values, batch.returns)
             metrics["kl_coef"] = agent.kl_coef.item()
-            # Statistics change between iterations only: within one, the first ratio is 1.
-            agent.obs_normaliser.update(obs[:-1][is_transition])
-            if run.end_iteration({f"losses/{name}": x for name, x in metrics.items()}):
+            metrics = {f"losses/{name}": x for name, x in metrics.items()}
+            if run.end_iteration(metrics):
                 break
         return agent, run.finish(make_envs)
 

@@ -468,7 +468,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizo
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """Return mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), to be maximised (PPO eq. 7).
 
-    The min is pessimistic: outside the range an improvement no longer counts, a loss still does.
+    The min is pessimistic: outside the range gains no longer count, but losses still do.
     """
     clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
     return torch.min(ratio * advantages, clipped * advantages).mean()
@@ -477,7 +477,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, the larger of that error and the one with V within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:

@@ -65,7 +65,7 @@ def test_policy_is_the_gaussian_of_the_normalised_observation() -> None:
     agent = gaussian_agent()
     agent.obs_normaliser.update(np.random.default_rng(0).normal(3.0, 5.0, (100, 2)))
     policy, obs = agent.policy(), np.array([[4.0, -200.0]], np.float32)
-    inputs = torch.as_tensor(agent.obs_normaliser.function()(obs))
+    inputs = torch.as_tensor(agent.obs_normaliser.snapshot()(obs))
     assert inputs[0, 1] == -10.0 and abs(inputs[0, 0]) < 1.0
     mean = agent.actor(inputs).detach().numpy()
     np.testing.assert_allclose(policy(obs, None), mean, rtol=1e-5)
@@ -175,7 +175,7 @@ def test_normaliser_after_updates_has_the_moments_of_all_rows() -> None:
     np.testing.assert_allclose(normaliser.mean, rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(normaliser.var, rows.var(0), rtol=1e-12)
     assert normaliser.count == len(rows)
-    normal = normaliser.function()(rows.astype(np.float32))
+    normal = normaliser.snapshot()(rows.astype(np.float32))
     assert normal.dtype == np.float32
     np.testing.assert_allclose(normal, (rows - rows.mean(0)) / rows.std(0), atol=1e-4)
 
@@ -186,15 +186,15 @@ def test_normaliser_without_shift_only_divides(shift: bool) -> None:
     normaliser.update(np.array([1.0, 3.0, 5.0, 7.0]))  # mean 4, variance 5
     rows = np.array([0.0, 4.0, 100.0], np.float32)
     expected = (rows - 4.0 * shift) / 5**0.5
-    np.testing.assert_allclose(normaliser.function()(rows), expected.clip(-2.0, 2.0), rtol=1e-6)
+    np.testing.assert_allclose(normaliser.snapshot()(rows), expected.clip(-2.0, 2.0), rtol=1e-6)
 
 
 def test_normaliser_function_is_that_of_the_moment() -> None:
     normaliser, rows = Normaliser((2,), clip=10.0), np.ones((1, 2), np.float32)
-    function = normaliser.function()
+    function = normaliser.snapshot()
     normaliser.update(np.random.default_rng(0).normal(5.0, 2.0, (10, 2)))
     np.testing.assert_allclose(function(rows), rows, rtol=1e-6)
-    assert (normaliser.function()(rows) < 0).all()
+    assert (normaliser.snapshot()(rows) < 0).all()
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -202,8 +202,8 @@ def test_normalisers_can_be_switched_off(run_dir, on: bool) -> None:
     flags = dict(norm_obs=on, norm_reward=on, clip_obs=2.5)
     agent, results = train(quick_args(ppo_continuous, run_dir, **flags))
     big = np.array([[1e4, -1e4]], np.float32)
-    assert np.abs(agent.obs_normaliser.function()(big)).max() == (2.5 if on else 1e4)
-    assert agent.reward_scaler.function()(big).max() == (10.0 if on else 1e4)
+    assert np.abs(agent.obs_normaliser.snapshot()(big)).max() == (2.5 if on else 1e4)
+    assert agent.reward_scaler.snapshot()(big).max() == (10.0 if on else 1e4)
     assert agent.obs_normaliser.count == (results["global_step"] if on else 0)
     # The first observations, of 256 steps at most, come without returns.
     first = agent.obs_normaliser.count - agent.reward_scaler.count
@@ -247,7 +247,7 @@ def test_state_dict_of_an_agent_is_its_whole_policy(run_dir) -> None:
     assert not np.array_equal(sample(fresh), sample(agent))
     fresh.load_state_dict(agent.state_dict())
     assert np.array_equal(sample(fresh), sample(agent))
-    scales = [x.reward_scaler.function()(np.ones(3, np.float32)) for x in (fresh, agent)]
+    scales = [x.reward_scaler.snapshot()(np.ones(3, np.float32)) for x in (fresh, agent)]
     assert np.array_equal(*scales) and scales[0][0] != 1.0
 
 

