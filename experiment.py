@@ -243,7 +243,7 @@ class SingleEnv(gym.Wrapper):
             rest = {key: part for key, part in space.items() if key != "action_mask"}
             self.observation_space = Dict(rest)
         self.by_method = env.has_wrapper_attr("action_masks")
-        self.in_worker = multiprocessing.parent_process() is not None
+        self.in_worker = multiprocessing.current_process().name.startswith("Worker<")  # Gymnasium's
         for number in SIGNALS if self.in_worker else ():
             signal.signal(number, signal.SIG_IGN)  # the main process shuts the run down
 
@@ -272,8 +272,8 @@ def make_vec(
 ) -> gym.vector.VectorEnv:
     """Make environments as the flags name them; `wrap` is applied to each, if they are single.
 
-    Raises `UserError` for what the flags got wrong. An error inside the environment passes as it
-    is, with the traceback that its author needs.
+    Raises `UserError` for what the flags got wrong. An error inside the environment propagates with
+    the traceback that its author needs.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -335,7 +335,7 @@ def is_image(shape: Any, num_axes: tuple[int, ...] = (2, 3)) -> bool:
 def flatten_observations(
     args: EnvArgs, envs: gym.vector.VectorEnv, for_images: str
 ) -> gym.vector.VectorEnv:
-    """Make observations vectors (N, D), discrete parts one-hot; refuse images."""
+    """Turn observations into vectors (N, D), discrete parts one-hot; refuse images."""
 
     def check(space: gym.Space, name: str = "observation") -> None:
         if isinstance(space, Dict | Tuple):
@@ -348,12 +348,10 @@ def flatten_observations(
         elif name == "observation['action_mask']":
             refuse(args, envs, "vectorised environments must have the action_mask in the info")
 
-    check(envs.single_observation_space)
-    if len(envs.single_observation_space.shape or ()) == 1 and isinstance(
-        envs.single_observation_space, Box
-    ):
-        return envs
-    return gym.wrappers.vector.FlattenObservation(envs)
+    space = envs.single_observation_space
+    check(space)
+    is_flat = isinstance(space, Box) and len(space.shape) == 1
+    return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
 class RecordedEnvs(gym.vector.VectorWrapper):
@@ -505,9 +503,8 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     def forward(x: np.ndarray) -> np.ndarray:
         if not steps:
             with torch.no_grad():
-                return (
-                    net(torch.tensor(x, device=device)).cpu().numpy()
-                )  # a copy: it may write on it
+                copy = torch.tensor(x, device=device)  # the module may write on its input
+                return net(copy).cpu().numpy()
         for step in steps:
             x = step(x)
         return x
@@ -712,12 +709,10 @@ class Run:
         try:
             is_async = self.close_envs(abandon=error is not None)
         finally:
-            with contextlib.suppress(*[OSError] if error else []):  # it has been told of
+            with contextlib.suppress(*[OSError] if error else []):  # it is already reported
                 self.closing.close()
         if is_async and isinstance(error, EOFError | ConnectionError):
-            if (
-                "multiprocessing" in files_of(error)[-1]
-            ):  # the pipe of a worker, not its environment
+            if "multiprocessing" in files_of(error)[-1]:  # raised by a pipe, not by an environment
                 raise UserError("a process of the environments has died") from error
         if in_group() and isinstance(error, RuntimeError) and "gloo" in str(error):
             raise UserError(f"another process has ended: {error}") from error
