@@ -268,9 +268,12 @@ class SingleEnv(gym.Wrapper):
 
 
 def make_vec(
-    args: EnvArgs, num_envs: int, wrap: Callable = single_env, **kwargs: Any
+    args: EnvArgs, num_envs: int, wrap: Callable | None = None, **kwargs: Any
 ) -> gym.vector.VectorEnv:
-    """Make environments as the flags name them; `wrap` is applied to each, if they are single.
+    """Make environments as the flags name them, each wrapped by `wrap`.
+
+    Environments that their author vectorised are one object, which cannot be wrapped: with a `wrap`
+    of yours single ones take their place, unless the flags ask otherwise.
 
     Raises `UserError` for what the flags got wrong. An error inside the environment propagates with
     the traceback that its author needs.
@@ -283,11 +286,14 @@ def make_vec(
     try:
         if module:
             importlib.import_module(module)  # registers its environments
-        single = mode in ("sync", "async") or not (mode or gym.spec(name).vector_entry_point)
-        envs = gym.make_vec(name, num_envs, mode, wrappers=[wrap] if single else [], **kwargs)
+        spec = gym.spec(name)
+        if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
+            mode = "sync"
+        wrappers = [single_env, *filter(None, [wrap])] if mode in ("sync", "async") else []
+        envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         missing = isinstance(error, ImportError) and f"{module}.".startswith(f"{error.name}.")
-        if not missing and not raised_by_gymnasium(error, inspect.getfile(wrap)):
+        if not missing and not raised_by_gymnasium(error, inspect.getfile(type(args))):
             raise
         hint = ' (pip install "gymnasium[atari]")' if module == "ale_py" and missing else ""
         text = " ".join(str(error).split())
@@ -609,6 +615,8 @@ def fits(value: Any, kind: Any) -> bool:
 
 def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
     """Read a folder's checkpoint as data, which runs no code; return it and its arguments."""
+    if not (folder / "checkpoint.pt").exists():
+        raise UserError(f"{folder} holds no checkpoint")
     try:
         if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # which torch.load does not
             raise ValueError("checkpoint.pt is damaged")

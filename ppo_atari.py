@@ -97,7 +97,7 @@ class Batch(NamedTuple):
 
 def prepare(env: Any) -> Any:
     """Make images four grey frames of 84 x 84 (details 18, 20); stacks of frames stay."""
-    env, shape = experiment.single_env(env), env.observation_space.shape
+    shape = env.observation_space.shape
     if experiment.is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
         env = gym.wrappers.ReshapeObservation(env, shape[:2])
@@ -109,9 +109,9 @@ def prepare(env: Any) -> Any:
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make environments with images of bytes (N, C, H, W) and discrete actions."""
     if args.env_id.startswith("ALE/") and args.vectorization_mode in (None, "vector_entry_point"):
-        kwargs = {"reward_clipping": False} | kwargs  # the log shows true scores, detail 19 is ours
+        kwargs = {"reward_clipping": False, "wrap": None} | kwargs  # true scores: detail 19 is ours
         kwargs.pop("render_mode", None)  # it cannot render: a video shows what the agent sees
-    envs = experiment.make_vec(args, num_envs, wrap=prepare, **kwargs)
+    envs = experiment.make_vec(args, num_envs, **{"wrap": prepare, **kwargs})
     space: Any = envs.single_observation_space
     if space.dtype != np.uint8 or not experiment.is_image(space.shape, (3,)):
         experiment.refuse(args, envs, f"its observations are {space}, not images of bytes")
@@ -162,7 +162,7 @@ class Agent(nn.Module):
         super().__init__()
         self.choices = Choices(envs.single_action_space)
         self.obs_shape = envs.single_observation_space.shape
-        # A network of your own goes here: rollout, update and evaluation all use it.
+        # A network of your own goes here, without dropout: rollout, update and evaluation use it.
         self.trunk = NatureCNN(self.obs_shape, args.hidden_size)
         heads = args.hidden_size, math.prod(self.choices.shape)
         self.actor = mlp(*heads, activation="relu", head_gain=0.01)  # almost uniform at first
@@ -285,7 +285,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> tuple[Agent, dict]:
-    """Train `agent`, or a new one; return it and its evaluation results.
+    """Train `agent`, made with the same `args`, or a new one; return it and its evaluation.
 
     `on_iteration(step, metrics)` is called after each iteration; return True to stop training.
     """

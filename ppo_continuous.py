@@ -151,7 +151,7 @@ class Agent(nn.Module):
             self.half_width = self.box.high / 2.0 - self.box.low / 2.0
         self.obs_shape = envs.single_observation_space.shape
         sizes = (*self.obs_shape, args.hidden_size, args.hidden_size)
-        # A network of your own goes here: rollout, update and evaluation all use it.
+        # A network of your own goes here, without dropout: rollout, update and evaluation use it.
         self.actor = mlp(*sizes, self.num_actions, activation=args.activation, head_gain=0.01)
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
         default = -0.5 * math.log(max(self.num_actions, 3))  # a std of 1 would fill the box
@@ -282,7 +282,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> tuple[Agent, dict]:
-    """Train `agent`, or a new one; return it and its evaluation results.
+    """Train `agent`, made with the same `args`, or a new one; return it and its evaluation.
 
     `on_iteration(step, metrics)` is called after each iteration; return True to stop training.
     """

@@ -125,7 +125,7 @@ class Agent(nn.Module):
         self.choices = Choices(envs.single_action_space)
         self.obs_shape = envs.single_observation_space.shape
         sizes = (*self.obs_shape, args.hidden_size, args.hidden_size)
-        # A network of your own goes here: rollout, update and evaluation all use it.
+        # A network of your own goes here, without dropout: rollout, update and evaluation use it.
         self.actor = mlp(
             *sizes, math.prod(self.choices.shape), activation=args.activation, head_gain=0.01
         )  # the small gain makes the first policy almost uniform
@@ -243,7 +243,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> tuple[Agent, dict]:
-    """Train `agent`, or a new one; return it and its evaluation results.
+    """Train `agent`, made with the same `args`, or a new one; return it and its evaluation.
 
     `on_iteration(step, metrics)` is called after each iteration; return True to stop training.
     """

@@ -444,3 +444,11 @@ def test_evaluation_takes_no_more_environments_than_training_in_the_same_mode(
     _, results = ppo_discrete.train(args)
     assert len(calls) >= 2 and results["eval_episodes"] == 30
     assert all(call.num_envs <= 4 and call.vectorization_mode == mode for call in calls)
+
+
+def test_make_vec_with_a_wrapper_applies_it_to_vectorised_environments_too() -> None:
+    """CartPole has a vector entry point, whose one object no wrapper of single ones fits."""
+    args, wrap = ppo_discrete.Args(), gym.wrappers.TimeAwareObservation
+    envs = experiment.make_vec(args, 2, wrap=wrap)
+    assert envs.single_observation_space.shape == (5,)
+    assert envs.reset(seed=0)[0].shape == (2, 5)
