@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -421,8 +422,11 @@ class Choices:
         """
         if "action_mask" not in info:
             return self.no_masks
-        rows = np.broadcast_to(info.get("_action_mask", True), len(info["action_mask"]))
-        given, count = info["action_mask"][rows], self.exists.sum()
+        given, count = info["action_mask"], self.exists.sum()
+        rows = np.broadcast_to(info.get("_action_mask", True), len(given))
+        if given.dtype == object:
+            rows = rows & [mask is not None for mask in given]
+        given = given[rows]
         if given.dtype == object:  # an array for each part
             given = np.array([np.hstack(mask) for mask in given])
         if given.size != count * rows.sum() or ((given != 0) & (given != 1)).any():
@@ -741,6 +745,7 @@ class Run:
         rng, rows = np.random.default_rng(self.eval_seed), []
         obs, info = self.envs.reset(seed=self.env_seed)
         for _ in range(max(1, 256 // self.args.num_envs)):
+            self.check_finite(obs)
             rows.append(obs[~self.envs.done])
             obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng))
         self.global_step += sum(gather(sum(map(len, rows))))
@@ -855,8 +860,10 @@ class Run:
             checkpoint["obs_space"] = pack_space(self.envs.single_observation_space)
             checkpoint["action_space"] = pack_space(self.envs.single_action_space)
         os.fsync(self.metrics_file.fileno())  # after a power cut it has all rows of the checkpoint
-        with replacing(self.folder / "checkpoint.pt") as file:
-            torch.save(checkpoint, file)
+        buffer = io.BytesIO()  # torch.save hides why a disk refuses a file of its own
+        torch.save(checkpoint, buffer)
+        with self.file_errors(self.folder), replacing(self.folder / "checkpoint.pt") as file:
+            file.write(buffer.getbuffer())
 
     def restore(self, folder: Path) -> None:
         """Continue from a folder's checkpoint, or take only its agent to evaluate it."""
@@ -895,11 +902,14 @@ class Run:
 
     # Each iteration
 
-    def count_steps(self, is_transition: np.ndarray, *arrays: np.ndarray) -> None:
-        """Count a rollout's transitions; raise `UserError` for a NaN or an infinity."""
+    def check_finite(self, *arrays: np.ndarray) -> None:
         if not all(np.isfinite(x).all() for x in arrays):
             what = f"gave a NaN or infinity after step {self.global_step}"
             raise UserError(f"{self.args.env_id} {what}")
+
+    def count_steps(self, is_transition: np.ndarray, *arrays: np.ndarray) -> None:
+        """Count a rollout's transitions; raise `UserError` for a NaN or an infinity."""
+        self.check_finite(*arrays)
         steps = gather(int(is_transition.sum()))
         self.global_step += sum(steps)
         self.weight = steps[rank()] / sum(steps)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import experiment
-from experiment import Choices, EnvArgs, UserError
+from experiment import Choices, EnvArgs, UserError, is_image
 from gae import gae
 
 
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
 def prepare(env: Any) -> Any:
     """Make images four grey frames of 84 x 84 (details 18, 20); stacks of frames stay."""
     shape = env.observation_space.shape
-    if experiment.is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
+    if is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
         env = gym.wrappers.ReshapeObservation(env, shape[:2])
         env = gym.wrappers.ResizeObservation(env, (84, 84))
@@ -113,7 +113,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         kwargs.pop("render_mode", None)  # it cannot render: a video shows what the agent sees
     envs = experiment.make_vec(args, num_envs, **{"wrap": prepare, **kwargs})
     space: Any = envs.single_observation_space
-    if space.dtype != np.uint8 or not experiment.is_image(space.shape, (3,)):
+    if space.dtype != np.uint8 or not is_image(space.shape, (3,)) or 255 not in space.high:
         experiment.refuse(args, envs, f"its observations are {space}, not images of bytes")
     if not isinstance(envs.single_action_space, Choices.SPACES):
         experiment.refuse(args, envs, f"its actions are {envs.single_action_space}, not discrete")
@@ -303,13 +303,12 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         masks = np.zeros((T + 1, N, *choices.shape), np.float32)
         done = np.zeros((T + 1, N), bool)  # whether the previous step ended an episode
         actions = np.zeros((T, N, choices.shape[0]), np.int64)
-        life_lost = np.zeros((T, N), bool)
         rewards = np.zeros((T, N), np.float32)
-        terminated = np.zeros((T, N), bool)
+        terminated, life_lost = np.zeros((2, T, N), bool)
         obs[T], info = envs.reset(seed=run.env_seed)
         features = np.zeros((T + 1, *agent.see(obs[T]).shape), np.float32)
         masks[T] = choices.masks(info)
-        lives = np.zeros(N)
+        lives = info.get("lives", 0)
 
         for iteration in range(run.iteration, args.num_iterations):
             remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
@@ -326,7 +325,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 masks[t + 1] = choices.masks(info)
                 done[t + 1] = terminated[t] | truncated
                 if args.life_loss:
-                    lives, before = np.array(info.get("lives", 0)), lives
+                    known, before = info.get("_lives", True), lives  # a gap is not a loss
+                    lives = np.where(known, info.get("lives", lives), lives)
                     life_lost[t] = lives < before
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
             run.count_steps(is_transition, rewards)  # refuses NaN and infinity

@@ -713,6 +713,15 @@ class FloatFramesLast(FloatPicture):
     observation_space = Box(0.0, 1.0, (42, 60, 4), np.float32)
 
 
+class NarrowFrames(FloatFramesLast):
+    """Its numbers from 0 to 1 are bytes."""
+
+    observation_space = Box(0, 1, (42, 60, 4), np.uint8)
+
+    def _observe(self):
+        return super()._observe().astype(np.uint8)
+
+
 class VectorFramesLast(gym.vector.SyncVectorEnv):
     """`FramesLast` as a simulator that makes all environments itself."""
 
@@ -721,4 +730,5 @@ class VectorFramesLast(gym.vector.SyncVectorEnv):
 
 
 gym.register(id="test/FloatFramesLast-v0", entry_point=FloatFramesLast)
+gym.register(id="test/NarrowFrames-v0", entry_point=NarrowFrames)
 gym.register(id="test/VectorFramesLast-v0", vector_entry_point=VectorFramesLast)

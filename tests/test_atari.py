@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ppo_atari
 from experiment import UserError
 from ppo_atari import Agent, Args, make_envs, train
+from tests.envs import Lives
 from tests.helpers import (
     StopAfter,
     make_agent,
@@ -165,6 +166,7 @@ def test_train_with_either_order_of_axes_gives_the_same_bits(run_dir) -> None:
         ("test/Film-v0", "images"),
         ("test/FloatFrames-v0", "bytes"),
         ("test/FloatFramesLast-v0", "bytes"),
+        ("test/NarrowFrames-v0", "bytes"),  # divided by 255 they would be almost black
         ("test/PictureInDict-v0", "images"),
         ("test/FloatPicture-v0", "uint8"),  # the wrapper that makes it grey says so
         ("test/BoxPicture-v0", r"Box\(-1.0"),
@@ -240,6 +242,19 @@ def test_life_lost_between_two_rollouts_counts(run_dir, monkeypatch) -> None:
     train(quick_args(ppo_atari, run_dir, **flags))
     lost = torch.cat([call.terminated for call in rollouts])[:, 0]
     assert lost.tolist() == [False, True, False, True, False] * 3
+
+
+def test_an_info_without_lives_is_no_lost_life(run_dir, monkeypatch) -> None:
+    """Gymnasium fills a gap with 0 and says in `_lives` that it is one."""
+    rollouts = spy(monkeypatch, "gae", ppo_atari)
+
+    def gaps(self) -> dict:
+        known = self.steps % 2 == 0
+        return {"lives": np.where(known, 2 - self.steps // 2, 0), "_lives": known}
+
+    monkeypatch.setattr(Lives, "_info", gaps)
+    train(quick_args(ppo_atari, run_dir, **LIVES))
+    assert rollouts[0].terminated[:5, 0].tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("flag", ["sign_rewards", "life_loss"])

@@ -296,6 +296,20 @@ def test_what_is_no_number_stops_the_training_and_is_not_logged(run_dir, what: s
     assert len(read_metrics(run_dir)) == 3  # 48 of the 50 good steps
 
 
+def test_an_infinite_observation_in_the_first_statistics_is_one_clear_line(run_dir) -> None:
+    flags = dict(env_id="test/Broken-v0", env_kwargs=("what=obs",), norm_obs=True)
+    with pytest.raises(UserError, match="test/Broken-v0 gave a NaN or infinity"):
+        ppo_discrete.train(quick_args(ppo_discrete, run_dir, **flags))
+
+
+def test_a_mask_of_none_leaves_all_actions_legal() -> None:
+    choices = Choices(gym.spaces.Discrete(3))
+    given = np.array([None, [0, 1, 0], None], object)
+    legal = choices.masks({"action_mask": given})[:, 0] == 0
+    assert legal.tolist() == [[True] * 3, [False, True, False], [True] * 3]
+    assert (choices.masks({"action_mask": np.array([None])}) == 0).all()
+
+
 def test_a_reward_that_is_no_number_in_the_evaluation_is_one_clear_line(run_dir) -> None:
     flags = dict(env_id="test/NanLater-v0", total_timesteps=256)
     with pytest.raises(UserError, match="NaN"):

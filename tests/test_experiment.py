@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -753,6 +754,19 @@ def test_files_that_cannot_grow_are_one_clear_line(run_dir) -> None:
     assert "File too large" in done.stderr
     assert "experiment.py" not in done.stderr
     assert load(run_dir)["run"]["iteration"] == 2
+
+
+def test_a_checkpoint_that_the_disk_cannot_hold_is_one_clear_line(run_dir, monkeypatch, capsys):
+    """It is larger than a buffer, so that the disk refuses it in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        flags = flags_of(quick_args(ppo_discrete, run_dir, hidden_size=256))
+        status, _, error = run_main(ppo_discrete, flags, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and error.count("\n") == 1 and "File too large" in error
+    assert not (run_dir / "checkpoint.pt").exists()
 
 
 # ---- Strangers' folders ------------------------------------------------------------------------
