@@ -175,7 +175,7 @@ def start(args: RunArgs) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {error}") from error
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -221,7 +221,8 @@ def gather(item: Any) -> list:
 def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and variance of the rows (B, ...) of all processes."""
     if not in_group():
-        return x.mean(0), x.var(0, correction=correction)
+        variance, mean = torch.var_mean(x, 0, correction=correction)
+        return mean, variance
     count = all_sum(x.new_tensor(len(x)))
     mean = all_sum(x.sum(0)) / count
     return mean, all_sum((x - mean).square().sum(0)) / (count - correction)
@@ -510,6 +511,12 @@ class Normaliser(nn.Module):
 # ---- Speed -------------------------------------------------------------------------------------
 
 
+def to_device(array: Any, device: torch.device) -> Tensor:
+    """Return an array as a tensor. A GPU fetches it while the CPU goes on."""
+    x = torch.as_tensor(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """Return `net` as it is now, as a function from arrays to arrays.
 
@@ -517,28 +524,31 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     `Linear`, `ReLU` and `Tanh` runs in NumPy. Any other module runs as it is.
     """
 
-    def is_plain(module: nn.Module, kind: type) -> bool:
-        return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    def is_plain(module: nn.Module, *kinds: type) -> bool:
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
+        return type(module) in kinds and not hooks and getattr(module, "bias", 0) is not None
 
+    def torch_forward(x: np.ndarray) -> np.ndarray:
+        device = next((p.device for p in net.parameters()), None)
+        with torch.no_grad():
+            return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
+
+    layers: Any = net if is_plain(net, nn.Sequential) else [net]
+    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
+    parameters = list(net.parameters())
+    if not plain or not parameters:
+        return torch_forward
+    on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
+    arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
     steps: list[Callable] = []
-    for layer in net if is_plain(net, nn.Sequential) else ():
-        if is_plain(layer, nn.Linear) and layer.bias is not None:
-            weight, bias = (p.detach().cpu().numpy().T for p in layer.parameters())
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            weight, bias = (arrays[p].view_as(p).numpy().T for p in layer.parameters())
             steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
-        elif is_plain(layer, nn.ReLU):
-            steps.append(lambda x: np.maximum(x, 0.0))
-        elif is_plain(layer, nn.Tanh):
-            steps.append(np.tanh)
         else:
-            steps.clear()
-            break
-    device = next((p.device for p in net.parameters()), None)
+            steps.append(np.tanh if isinstance(layer, nn.Tanh) else lambda x: np.maximum(x, 0.0))
 
     def forward(x: np.ndarray) -> np.ndarray:
-        if not steps:
-            with torch.no_grad():
-                copy = torch.tensor(x, device=device)  # the module may write on its input
-                return net(copy).cpu().numpy()
         for step in steps:
             x = step(x)
         return x
@@ -579,8 +589,7 @@ def compile_gradient(
         tensors = dict(zip(names, (part.view(shape) for part, shape in parts)))
         return torch.func.functional_call(module, tensors, (batch,))
 
-    mode = "reduce-overhead" if parameters.is_cuda else None  # CUDA graphs
-    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True, mode=mode)
+    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True)
 
     def fill_gradient(batch: tuple) -> dict[str, Tensor]:
         try:
@@ -588,7 +597,7 @@ def compile_gradient(
         except RuntimeError as error:
             raise UserError(f"--compile: {error}") from error
         parameters.grad.copy_(gradient)
-        return {name: x.clone() for name, x in figures.items()}  # the next call may overwrite them
+        return figures
 
     return fill_gradient
 

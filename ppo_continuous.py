@@ -114,12 +114,9 @@ class Batch(NamedTuple):
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make environments with observations (N, D) and actions in a box."""
     envs = experiment.make_vec(args, num_envs, **kwargs)
-    space = envs.single_action_space
-    if (
-        not isinstance(space, gym.spaces.Box)
-        or space.dtype.kind != "f"
-        or not math.prod(space.shape)
-    ):
+    space: Any = envs.single_action_space
+    is_box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+    if not is_box or not math.prod(space.shape):
         experiment.refuse(args, envs, f"its actions are {space}: ppo_discrete.py may serve them")
     if args.squash and not space.is_bounded():
         experiment.refuse(args, envs, f"--squash needs bounded actions, these are {space}")
@@ -294,7 +291,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
-        tensor = partial(torch.as_tensor, device=run.device)
+        tensor = partial(experiment.to_device, device=run.device)
         T, N = args.num_steps, envs.num_envs
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
         discounted = np.zeros((T + 1, N))  # return of the episode so far, to scale rewards
@@ -345,7 +342,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 gamma=args.gamma,
                 gae_lambda=args.gae_lambda,
             )
-            keep = tensor(is_transition)
+            keep = tuple(map(tensor, is_transition.nonzero()))  # no GPU waits for indices
             batch = Batch(
                 obs=inputs[:-1][keep],
                 actions=taken[keep],
@@ -376,11 +373,13 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
                     logged.append(stats | {"grad_norm": grad_norm})
-                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
-                if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
-                    break
+                epoch = logged[-args.num_minibatches :]
+                if args.objective == "clip" and args.target_kl:
+                    if run.average(epoch)["approx_kl"] > args.target_kl:
+                        break
             if args.objective == "penalty":
-                adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
+                kl = run.average(epoch)["approx_kl"]
+                adapt_kl_coef(agent.kl_coef, kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
             metrics = run.average(logged)

@@ -255,7 +255,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
-        tensor = partial(torch.as_tensor, device=run.device)
+        tensor = partial(experiment.to_device, device=run.device)
         T, N, choices = args.num_steps, envs.num_envs, agent.choices
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
         masks = np.zeros((T + 1, N, *choices.shape), np.float32)
@@ -302,7 +302,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 gamma=args.gamma,
                 gae_lambda=args.gae_lambda,
             )
-            keep = tensor(is_transition)
+            keep = tuple(map(tensor, is_transition.nonzero()))  # no GPU waits for indices
             batch = Batch(
                 obs=inputs[:-1][keep],
                 actions=taken[keep],
@@ -334,11 +334,13 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
                     logged.append(stats | {"grad_norm": grad_norm})
-                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
-                if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
-                    break
+                epoch = logged[-args.num_minibatches :]
+                if args.objective == "clip" and args.target_kl:
+                    if run.average(epoch)["approx_kl"] > args.target_kl:
+                        break
             if args.objective == "penalty":
-                adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
+                kl = run.average(epoch)["approx_kl"]
+                adapt_kl_coef(agent.kl_coef, kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
             metrics = run.average(logged)

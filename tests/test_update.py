@@ -477,7 +477,7 @@ def test_foreign_network_of_choices_acts_as_it_learns(script, foreign_agent, mon
     agent, rng = foreign_agent, np.random.default_rng(0)
     if script is ppo_atari:
         obs = rng.integers(256, size=(50, *agent.obs_shape), dtype=np.uint8)
-        inputs = agent.see(obs)
+        inputs = agent.see(torch.as_tensor(obs))
     else:
         inputs = obs = rng.normal(size=(50, *agent.obs_shape)).astype(np.float32)
     masks, actions = agent.choices.no_masks, torch.arange(3).expand(50, 3).T[..., None]
@@ -488,6 +488,8 @@ def test_foreign_network_of_choices_acts_as_it_learns(script, foreign_agent, mon
     assert update.std(0).max() > 0.005
 
     outputs = record_forwards(monkeypatch)
+    if script is ppo_atari:
+        agent.actor.register_forward_hook(lambda *x: outputs.append(x[-1].detach()))
     agent.policy()(inputs, masks, rng)
     likeliest = agent.act(obs, {}, None)
     rollout, evaluation = (torch.as_tensor(logits).softmax(-1) for logits in outputs)
@@ -495,7 +497,8 @@ def test_foreign_network_of_choices_acts_as_it_learns(script, foreign_agent, mon
     torch.testing.assert_close(evaluation, update, atol=1e-5, rtol=0)
     assert (likeliest == update.argmax(1).numpy()).all()
 
-    samples = agent.policy()(np.repeat(inputs[:1], 20_000, axis=0), masks, rng)
+    stack = torch.stack if script is ppo_atari else np.stack
+    samples = agent.policy()(stack([inputs[0]] * 20_000), masks, rng)
     frequencies = np.bincount(samples[:, 0], minlength=3) / 20_000
     np.testing.assert_allclose(frequencies, update[0], atol=0.02)
 
