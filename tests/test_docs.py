@@ -241,6 +241,7 @@ OTHERS = {
     'pip install -c constraints.txt -e ".[docs]"',
     'pip install -c constraints.txt -e ".[benchmark,mujoco,box2d,atari]"',
     "python benchmarks/gallery.py --ranges",
+    "python ppo_atari.py --env-id ALE/Breakout-v5",  # minutes; flags: tests/test_readme.py
     # Trained so by tests/test_processes.py.
     "torchrun --standalone --nproc-per-node 2 ppo_discrete.py --env-id LunarLander-v3",
 }
@@ -286,10 +287,10 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
             (folder / body.split()[2]).write_text(body)
         if kind != "sh":
             continue
-        for command in body.strip().split("\n"):
+        for i, command in enumerate(body.strip().split("\n")):
             if command in OTHERS:
                 continue
-            if "-v5" in command and "ALE/" not in command and not HAS_MUJOCO:
+            if "-v5" in command and not HAS_MUJOCO:
                 continue  # its flags are parsed by tests/test_readme.py
             changed = True
             assert command.startswith("python "), command
@@ -309,7 +310,7 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
                 if "--resume" in flags:  # there must be something left to do
                     flags += ["--total-timesteps", "256"]
                 if not {"--run-dir", "--resume", "--evaluate"} & set(flags):
-                    flags += ["--run-dir", f"run{number}"]
+                    flags += ["--run-dir", f"run{number}_{i}"]
                 status, _, error = run_main(module, flags, monkeypatch, capsys)
                 assert status == 0, f"{command}: {error}"
             assert list(folder.rglob("results.json"))
