@@ -55,16 +55,19 @@ def main() -> None:
     for row in read(args.path("continuous.csv")):
         wanted = row["config"] == DEFAULT and row["env_id"] in env_ids
         wanted = wanted and row["seed"] in map(str, seeds)
-        if wanted and tuple(row[column] for column in KEY) not in there:
+        key = tuple(row[column] for column in KEY)
+        if wanted and key not in there:
             append(table, [row])
-    # The lines in the table may have been measured with flags that the script no longer has.
-    trainings = [
-        Training(SCRIPT, env_id, name, seed, f"{more} {flags}".strip())
-        for seed in seeds
-        for env_id in env_ids
-        for name, flags in LINES.items()
-        if (SCRIPT, env_id, name, str(seed)) not in there
-    ]
+            there.add(key)
+    trainings = []
+    for seed in seeds:
+        for env_id in env_ids:
+            for name, flags in LINES.items():
+                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with flags of its day
+                    print(f"{SCRIPT} {env_id} {name} {seed}: already in {table}")
+                else:
+                    flags = f"{more} {flags}".strip()
+                    trainings.append(Training(SCRIPT, env_id, name, seed, flags))
     train_all(trainings, table, args.processes)
 
 

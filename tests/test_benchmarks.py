@@ -576,8 +576,8 @@ def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = ["cartpole__1.csv", "lr-high.svg", "lr-high__1.csv"]
     assert sorted(path.name for path in (tmp_path / "pitfalls").iterdir()) == names
     (logged,) = pitfalls.load("lr-high", tmp_path / "pitfalls")
-    (committed, *_) = pitfalls.load("lr-high", jobs.RESULTS / "pitfalls")
-    assert list(logged) == list(committed) and len(logged["global_step"]) == 10
+    assert {"charts/episodic_return", "losses/approx_kl"} <= set(logged)
+    assert len(logged["global_step"]) == 10
     outcomes = pitfalls.outcomes(tmp_path / "pitfalls")
     assert "| [lr-high](#lr-high) | `--learning-rate 0.2` | 1 |" in outcomes
 
