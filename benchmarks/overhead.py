@@ -125,7 +125,7 @@ def measurements(what: str) -> Iterator[Measurement]:
 
 def main() -> None:
     args = tyro.cli(Args)
-    jobs.measure_all([*measurements(args.what)], args.rounds, args.path("keeping.csv"))
+    jobs.measure_all([*measurements(args.what)], args.rounds, args.path("overhead.csv"))
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
     "details.csv": (partial(changes, order="details"), ""),
     "speed.csv": (speed, "work"),
     "scaling.csv": (medians, "part"),
-    "keeping.csv": (medians, "part"),
+    "overhead.csv": (medians, "part"),
     "rlhf.csv": (rlhf, "task"),
     "rlhf_details.csv": (rlhf_details, ""),
 }

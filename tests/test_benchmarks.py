@@ -462,7 +462,7 @@ def test_committed_measurements_are_known_as_such() -> None:
     """Each is in its table under the quantity that says that it was taken."""
     for table, measurements in (
         ("scaling.csv", scaling.measurements(scaling.Args())),
-        ("keeping.csv", [*overhead.measurements("gains"), *overhead.measurements("checkpoints")]),
+        ("overhead.csv", [*overhead.measurements("gains"), *overhead.measurements("checkpoints")]),
     ):
         rows = jobs.read(jobs.RESULTS / table)
         there = {(row["part"], row["case"], row["quantity"]) for row in rows}
