@@ -125,15 +125,16 @@ def launch(
             note.write_text(origin)
         elif not note.exists() or note.read_text() != origin:
             raise Failed(f"{folder} holds another run than {origin}: delete it")
-        elif (folder / "results.json").exists():
-            return Finished(*read_run(folder), None, 0.0, "", 0.0)
+        results, metrics = read_run(folder)
+        if results and not results.get("stopped"):  # by Ctrl-C, for example
+            return Finished(results, metrics, None, 0.0, "", 0.0)
         flags = ["--resume", folder] if resumed else [*flags, "--run-dir", folder]
     pin = ["taskset", "-c", core] if core is not None and shutil.which("taskset") else []
     command = list(map(str, [*pin, python, *script, *flags]))
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        variables["TORCHINDUCTOR_CACHE_DIR"] = str(temporary / "inductor")  # nothing is compiled
+        variables["TORCHINDUCTOR_CACHE_DIR"] = str(temporary / "inductor")  # empty
         variables |= environment or {}
         with open(temporary / "out", "w") as out, open(temporary / "err", "w") as err:
             started = time.time()

@@ -121,14 +121,12 @@ def seeds(rows: Rows) -> str:
     heads += ["deterministic: mean ± std", "IQM [95 %]", "lowest seed", "stochastic"]
     lines = []
     for (env_id, script, config), group in groups.items():
-        x = numbers(group, "eval_mean")
-        low, high = interval(x)
-        lines.append([env_id, *[script] * several, config])
-        lines[-1] += [f"{numbers(group, 'global_step').mean():,.0f}", len(group)]
-        lines[-1] += [f"{x.mean():,.1f} ± {x.std():,.1f}"]
-        lines[-1] += [f"{iqm(x):,.1f} [{low:,.1f}, {high:,.1f}]", f"{x.min():,.1f}"]
-        lines[-1] += [f"{numbers(group, 'eval_stochastic_mean').mean():,.1f}"]
-        lines[-1] += [figures.get(env_id, "-")] * compared
+        x, stochastic = numbers(group, "eval_mean"), numbers(group, "eval_stochastic_mean")
+        steps, (low, high) = numbers(group, "global_step"), interval(x)
+        line = [env_id, *[script] * several, config, f"{steps.mean():,.0f}", len(group)]
+        line += [f"{x.mean():,.1f} ± {x.std():,.1f}", f"{iqm(x):,.1f} [{low:,.1f}, {high:,.1f}]"]
+        line += [f"{x.min():,.1f}", f"{stochastic.mean():,.1f}"]
+        lines.append([*line, *[figures.get(env_id, "-")] * compared])
     return markdown_table(heads + ["published"] * compared, lines)
 
 
@@ -169,9 +167,7 @@ def solved(rows: Rows) -> str:
     lines, notes = [], [settings_in_words(rows[0])]
     for (name,), group in group_by(rows, "contender").items():
         good = [row for row in group if row["solved_seconds"]]
-        times = "never | -"
-        if good:
-            times = median_and_range(numbers(good, "solved_seconds"), ".1f")
+        times = median_and_range(numbers(good, "solved_seconds"), ".1f") if good else "never | -"
         count = f"{np.median(numbers(good or group, 'rows')):,.0f}"
         memory = f"{np.median(numbers(group, 'peak_mb')):,.0f}"
         lines.append([name, versions(group), f"{len(good)} of {len(group)}", times, count, memory])

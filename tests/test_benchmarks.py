@@ -290,7 +290,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path: Path) -> Non
     args = ppo_discrete.Args(num_envs=2, num_steps=16, eval_episodes=1, total_timesteps=320)
     args.run_dir = folder
     ppo_discrete.train(args, on_iteration=lambda *_: True)  # stops after its first iteration
-    (folder / "results.json").unlink()  # as if it had been killed
+    assert jobs.read_run(folder)[0]["stopped"]
     words = ["--env-id", "CartPole-v1", "--seed", "1", *flags.split()]
     (folder / "origin.txt").write_text(f"{' '.join(words)} at {jobs.commit()}")
     begun = jobs.read(folder / "metrics.csv")
