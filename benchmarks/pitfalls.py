@@ -8,7 +8,6 @@ A run is one process of a script with the flags of its case. Every number that i
 folder pitfalls, a line an iteration, and the figures are drawn from there alone.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -97,9 +96,8 @@ def load(name: str, folder: Path) -> list[dict[str, np.ndarray]]:
     """Return the runs of a case in a folder, each a column of numbers a metric."""
     runs = []
     for path in sorted(folder.glob(f"{name}__*.csv")):
-        with open(path) as file:
-            header, *rows = csv.reader(file)
-        runs.append(dict(zip(header, np.array(rows, dtype=float).T)))
+        rows = read(path)
+        runs.append({name: np.array([float(row[name]) for row in rows]) for name in rows[0]})
     return runs
 
 
