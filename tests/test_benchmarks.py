@@ -225,7 +225,7 @@ def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
 
 def test_other_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
-    peer = speed.Contender(name="peer", script=Path(), settings=settings)
+    peer = speed.Contender("peer", Path(), Path(), settings)
     done = {"rows": 64, "env_steps": 60, "gradient_steps": 8}
     for wrong in ({}, {"rows": 32}, {"gradient_steps": 4}, {"env_steps": 32}, {"env_steps": 65}):
         monkeypatch.setattr(speed, "run", lambda *_, wrong=wrong, **__: (None, [done | wrong]))
