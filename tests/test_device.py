@@ -1,4 +1,4 @@
-"""On a GPU, as far as an imitated one can tell: the numbers of the CPU, and few waits for results."""
+"""On a GPU, as far as an imitated one can tell: the numbers of the CPU, and few waits."""
 
 import gymnasium as gym
 import numpy as np

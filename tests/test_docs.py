@@ -21,6 +21,9 @@ import ppo_atari
 import ppo_continuous
 import ppo_discrete
 import ppo_rlhf_toy
+from benchmarks import pitfalls
+from benchmarks.jobs import RESULTS, read
+from benchmarks.tables import scores_of_changes, significance
 from gae import gae
 from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
 
@@ -35,10 +38,6 @@ TINY = dict(
     rm_pairs=64, rm_min_accuracy=0.0, num_iterations=1, batch_size=16, update_epochs=1,
     eval_prompts=32,
 )  # fmt: skip
-sys.path.append(str(ROOT / "benchmarks"))
-
-import report  # noqa: E402
-from run import RESULTS, read  # noqa: E402
 
 
 @functools.cache
@@ -122,7 +121,7 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--draw", "--ranges", "--measure", "--work", "--what"}
+    flags = {"--only", "--ranges", "--results", "--measure", "--part"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
@@ -240,7 +239,7 @@ OTHERS = {
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
     'pip install -c constraints.txt -e ".[benchmark,mujoco,box2d,atari]"',
-    "python benchmarks/gallery.py --ranges",
+    "python -m benchmarks.pitfalls --ranges",
     "python ppo_atari.py --env-id ALE/Breakout-v5",  # minutes; flags: tests/test_readme.py
     # Trained so by tests/test_processes.py.
     "torchrun --standalone --nproc-per-node 2 ppo_discrete.py --env-id LunarLander-v3",
@@ -270,7 +269,6 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
     # A function of one's own trains a tiny model too.
     tiny_args = functools.partial(ppo_rlhf_toy.Args, **TINY)
     monkeypatch.setattr(ppo_rlhf_toy, "Args", lambda **changes: tiny_args(**(changes | TINY)))
-    gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
     folder, changed, before = tmp_path, False, ""
     for number, (heading, kind, body) in enumerate(blocks(DOCS / name)):
         if heading != before or (kind == "diff" and changed):
@@ -294,12 +292,11 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
                 continue  # its flags are parsed by tests/test_readme.py
             changed = True
             assert command.startswith("python "), command
+            if command == f"python -m benchmarks.pitfalls --only {heading}":
+                command = f"python {pitfalls.CASES[heading].command}"
             _, script, *flags = shlex.split(command)
-            if script == "benchmarks/gallery.py":
-                assert flags[0] == "--only" and flags[1:] == [heading]
-                script, *flags = gallery["CASES"][heading].command.split()
             if not (folder / script).exists():
-                assert script in ("docs/figures.py", "benchmarks/gallery.py"), command
+                assert script == "docs/figures.py", command
                 continue
             module = import_file(folder / script)
             if hasattr(module, "Reviews"):  # a judge that tells a random model's answers apart
@@ -421,12 +418,12 @@ EFFECTS = sorted(DOCS.glob("*/details.md"))
 @pytest.mark.parametrize("page", EFFECTS, ids=lambda page: page.parent.name)
 def test_effects_are_those_of_the_committed_runs(page: Path) -> None:
     nothing, worse, better, comma = WORDS[page.parent.name]
-    effects = report.differences(report.lines_of(report.Args(table="details.csv")))
+    effects = scores_of_changes(read(RESULTS / "details.csv"), "details")
     found = [e for e in EFFECT.findall(page.read_text()) if "rlhf" not in e[1]]
     assert len(found) >= 20
     for words, _, name in found:
         marks = {
-            env_id.rpartition("-")[0]: report.mark(x, effects["default"][env_id])
+            env_id.rpartition("-")[0]: significance(x, effects["default"][env_id])
             for env_id, x in effects[name].items()
         }
         tasks = {sign: [t for t, m in marks.items() if m.strip() == sign] for sign in "▼▲"}
@@ -449,7 +446,7 @@ def test_effects_of_rlhf_are_those_of_the_committed_runs(page: Path) -> None:
     for words, _, name in found:
         if words == WORDS[page.parent.name][0]:
             for measure in ("gold", "optimum_share"):
-                assert not report.mark(scores(name, measure), scores("default", measure)), name
+                assert not significance(scores(name, measure), scores("default", measure)), name
         else:
             measure, value = words.rsplit(" ", 1)
             mean = scores(name, MEASURES[measure]).mean()

@@ -17,12 +17,12 @@ import ppo_atari
 import ppo_continuous
 import ppo_discrete
 import ppo_rlhf_toy
+from benchmarks import tables
+from benchmarks.jobs import RESULTS as COMMITTED
+from benchmarks.jobs import read
+from benchmarks.published import MUJOCO
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import report  # noqa: E402
-
 README = sorted(ROOT.glob("README*.md"))
 RESULTS = sorted(ROOT.glob("docs/*/results.md"))
 PAGES = [*README, ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -44,16 +44,16 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_tables_are_what_the_reporter_prints(page: Path) -> None:
     text = page.read_text()
-    assert report.fill(text) == text, f"run: python benchmarks/report.py --pages {page}"
+    assert tables.fill(text) == text, f"run: python -m benchmarks.tables --pages {page}"
     comments = re.findall(r"^<!-- python .*?-->", text, re.MULTILINE)
-    assert len(comments) == len(report.MARKED.findall(text)), "a comment without its end"
+    assert len(comments) == len(tables.MARKED.findall(text)), "a comment without its end"
 
 
 @pytest.mark.parametrize("page", README, ids=name_of)
 def test_readme_fits_three_screens_and_two_tables(page: Path) -> None:
     text = page.read_text()
     assert len(text.splitlines()) <= 160
-    assert [words.split()[1] for _, words, _ in report.MARKED.findall(text)] == [
+    assert [words.split()[1] for _, words, _ in tables.MARKED.findall(text)] == [
         "classic.csv",
         "speed.csv",
     ]
@@ -62,7 +62,7 @@ def test_readme_fits_three_screens_and_two_tables(page: Path) -> None:
 
 @pytest.mark.parametrize("page", RESULTS, ids=name_of)
 def test_results_show_every_table_of_returns_and_speed(page: Path) -> None:
-    assert len(report.MARKED.findall(page.read_text())) == 10
+    assert len(tables.MARKED.findall(page.read_text())) == 10
 
 
 @pytest.mark.parametrize("page", README, ids=name_of)
@@ -151,12 +151,12 @@ def numbers_before(unit: str, page: Path) -> set[str]:
 
 
 def test_pages_say_the_measured_seconds_and_ratios() -> None:
-    rows = report.lines_of(report.Args(table="runs.csv"))
+    rows = read(COMMITTED / "runs.csv")
     rows = [r for r in rows if (r["env_id"], r["config"]) == ("CartPole-v1", "default")]
     seconds = np.median([float(row["process_seconds"]) for row in rows])
-    table = report.markdown(report.Args(table="speed.csv"))
+    table = tables.markdown(tables.Args(table="speed.csv"))
     (ratio,) = re.findall(r"^\| CleanRL .* ([\d.]+)x \|", table, re.MULTILINE)
-    solved = report.markdown(report.Args(table="speed.csv", work="solve"))
+    solved = tables.markdown(tables.Args(table="speed.csv", part="solve"))
     times = re.findall(r"^\| ([^|]*) \| [^|]* \| 10 of 10 \| ([\d.]+) \|", solved, re.MULTILINE)
     theirs = [float(x) for name, x in times if not name.startswith("ppo_")]
     ours = float(dict(times)["ppo_discrete.py"])
@@ -173,10 +173,10 @@ def test_pages_say_the_measured_seconds_and_ratios() -> None:
 
 def test_the_default_matches_or_beats_the_published_figure_on_eight_of_ten() -> None:
     scores: dict[str, list[float]] = {}
-    for row in report.lines_of(report.Args(table="continuous.csv")):
+    for row in read(COMMITTED / "continuous.csv"):
         if row["config"] == "default":
             scores.setdefault(row["env_id"], []).append(float(row["eval_mean"]))
-    published = {k: float(x.split()[0].replace(",", "")) for k, x in report.PUBLISHED.items()}
+    published = {k: float(x.split()[0].replace(",", "")) for k, x in MUJOCO.items()}
     assert scores.keys() == published.keys() and len(scores) == 10
     lower = {env_id for env_id, x in scores.items() if np.mean(x) < published[env_id]}
     assert lower == {"Ant-v5", "Humanoid-v5"}
