@@ -45,19 +45,22 @@ class Swing(gym.vector.VectorEnv):
         self.num_envs = num_envs
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        self.key, *keys = jax.random.split(jax.random.key((seed or 0) % 2**31), 1 + self.num_envs)
-        self.state, self.reset_next = jax.vmap(first)(jnp.stack(keys)), np.ones(self.num_envs, bool)
-        self.length = np.zeros(self.num_envs, int)
+        self.key, keys = self.split(jax.random.key((seed or 0) % 2**31))
+        self.state, self.length = jax.vmap(first)(keys), np.zeros(self.num_envs, int)
+        self.done = np.ones(self.num_envs, bool)
         return self.step(np.zeros((self.num_envs, 1), np.float32))[0], {}
 
+    def split(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return a new key and one for each environment."""
+        keys = jax.random.split(key, 1 + self.num_envs)
+        return keys[0], keys[1:]
+
     def step(self, actions: np.ndarray) -> tuple[Any, Any, Any, Any, dict]:
-        self.key, *keys = jax.random.split(self.key, 1 + self.num_envs)
-        result = advance(self.state, actions, jnp.stack(keys), self.reset_next)
-        self.state, obs, rewards = result
-        self.length = np.where(self.reset_next, 0, self.length + 1)
-        self.reset_next = self.length == 200
-        nothing = np.zeros(self.num_envs, bool)
-        return np.asarray(obs), np.asarray(rewards), nothing, self.reset_next, {}
+        self.key, keys = self.split(self.key)
+        self.state, obs, rewards = advance(self.state, actions, keys, self.done)
+        self.length = np.where(self.done, 0, self.length + 1)
+        self.done = self.length == 200  # a time limit: these episodes are truncated
+        return np.asarray(obs), np.asarray(rewards), np.zeros_like(self.done), self.done, {}
 
 
 gym.register("Swing-v0", vector_entry_point=Swing)

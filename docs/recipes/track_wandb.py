@@ -4,7 +4,7 @@ Run it beside the scripts:
     pip install wandb
     python track_wandb.py
 
-MLflow, Aim, Comet and others take the same two calls in the same two places.
+Other trackers go into the same two places.
 """
 
 import wandb
