@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,7 +89,10 @@ def test_weights_and_biases_has_the_metrics_of_every_iteration(
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_file("track_wandb.py")
     (log,) = Path("wandb").glob("offline-run-*/*.wandb")
-    data = log.read_bytes()
+    data, deadline = b"", time.monotonic() + 60
+    while data.count(b"losses/approx_kl") < 10 and time.monotonic() < deadline:
+        time.sleep(0.2)  # a process of its own writes the file
+        data = log.read_bytes()
     assert data.count(b"losses/approx_kl") >= 10
     assert b"eval_stochastic_mean" in data and b"num_minibatches" in data
 
@@ -183,7 +187,7 @@ ENVIRONMENTS = {
         "supersuit pettingzoo pygame",
         "--num-envs 16 --eval-episodes 16 --env-kwargs max_cycles=20",
     ),
-    "mjx_envs:Swing-v0": ("ppo_continuous", "mujoco.mjx", ""),
+    "mjx_envs:Swing-v0": ("ppo_continuous", "mujoco.mjx", "--eval-episodes 4"),
     "shimmy:dm_control/cartpole-balance-v0": ("ppo_continuous", "shimmy dm_control", ""),
 }
 FLAGS = "--num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 640 --eval-episodes 2"
