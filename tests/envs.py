@@ -791,3 +791,20 @@ class VectorFramesLast(gym.vector.SyncVectorEnv):
 gym.register(id="test/FloatFramesLast-v0", entry_point=FloatFramesLast)
 gym.register(id="test/NarrowFrames-v0", entry_point=NarrowFrames)
 gym.register(id="test/VectorFramesLast-v0", vector_entry_point=VectorFramesLast)
+
+
+class Half(Target):
+    """Shows a picture whose left or right half is bright; the action should be -1 or 1."""
+
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+    observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+
+    def _observe(self):
+        side = int(self.np_random.integers(2))
+        self.target = np.float32([2.0 * side - 1.0])
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[:, 32 * side : 32 * side + 32] = 255
+        return picture
+
+
+gym.register(id="test/Half-v0", entry_point=Half)

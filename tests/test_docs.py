@@ -1,6 +1,7 @@
 """What the pages say is so: links, code, tables, formulas, commands and recipes."""
 
 import functools
+import html
 import importlib.util
 import os
 import re
@@ -121,7 +122,7 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--ranges", "--results", "--measure", "--part"}
+    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
@@ -235,6 +236,9 @@ CONTROL += " --total-timesteps 128 --eval-episodes 2"
 LANGUAGE = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in TINY.items())
 # What is tested elsewhere, or changes nothing and only needs its parts to exist.
 OTHERS = {
+    # By tests/test_recipes.py.
+    "mkdir mine && cp *.py docs/recipes/*.* mine && cd mine",
+    "python ppo_discrete.py --env-id CartPole-v1 --seed 2",
     "diff ppo_discrete.py ppo_continuous.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
@@ -249,39 +253,23 @@ OTHERS = {
 HAS_MUJOCO = importlib.util.find_spec("mujoco") is not None
 
 
-def apply(diff: str, folder: Path) -> None:
-    """Apply a diff whose first line names the file; every hunk must fit exactly one place."""
-    name, _, hunks = diff.partition("\n")
-    path = folder / name.removeprefix("--- ")
-    text = path.read_text()
-    for hunk in hunks.strip("\n").split("\n\n"):
-        rows = hunk.split("\n")
-        old = "".join(f"{row[1:]}\n" for row in rows if row[0] != "+")
-        new = "".join(f"{row[1:]}\n" for row in rows if row[0] != "-")
-        assert old and text.count(old) == 1, f"{name}: {text.count(old)} places for\n{old}"
-        text = text.replace(old, new)
-    path.write_text(text)
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("en/")])
 def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> None:
     """Every sh block, shortened, in a copy of the scripts with the section's changes."""
     # A function of one's own trains a tiny model too.
     tiny_args = functools.partial(ppo_rlhf_toy.Args, **TINY)
     monkeypatch.setattr(ppo_rlhf_toy, "Args", lambda **changes: tiny_args(**(changes | TINY)))
-    folder, changed, before = tmp_path, False, ""
+    folder, before = tmp_path, ""
     for number, (heading, kind, body) in enumerate(blocks(DOCS / name)):
-        if heading != before or (kind == "diff" and changed):
-            folder, changed, before = tmp_path / str(number), False, heading
-            folder.mkdir()
+        if heading != before:
+            folder, before = tmp_path / str(number), heading
+            shutil.copytree(DOCS / "recipes", folder)
             for script in (*SCRIPTS, experiment):
                 shutil.copy(script.__file__, folder)
             shutil.copy(ROOT / "gae.py", folder)
             monkeypatch.syspath_prepend(str(folder))
             monkeypatch.chdir(folder)
-        if kind == "diff":
-            apply(body, folder)
-        elif kind == "python" and body.startswith("# file: "):
+        if kind == "python" and body.startswith("# file: "):
             (folder / body.split()[2]).write_text(body)
         if kind != "sh":
             continue
@@ -290,7 +278,9 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
                 continue
             if "-v5" in command and not HAS_MUJOCO:
                 continue  # its flags are parsed by tests/test_readme.py
-            changed = True
+            if command.startswith("git apply "):
+                subprocess.run(command.split(), check=True)
+                continue
             assert command.startswith("python "), command
             if command == f"python -m benchmarks.pitfalls --only {heading}":
                 command = f"python {pitfalls.CASES[heading].command}"
@@ -310,7 +300,7 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
                     flags += ["--run-dir", f"run{number}_{i}"]
                 status, _, error = run_main(module, flags, monkeypatch, capsys)
                 assert status == 0, f"{command}: {error}"
-            assert list(folder.rglob("results.json"))
+            assert list(folder.rglob("results.json")) or script == "record.py"
 
 
 # ---- The site ----------------------------------------------------------------------------------
@@ -380,6 +370,14 @@ def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
     page = (site / "en" / "policy-gradient.html").read_text()
     assert f"repo/ppo_discrete.py.html#L-{first}" in page
     assert f'id="L-{first}"' in (site / "repo" / "ppo_discrete.py.html").read_text()
+
+
+def test_the_site_shows_the_recipes(site: Path) -> None:
+    for page in (site / "en" / "copying.html", site / "zh" / "copying.html"):
+        text = html.unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+        for patch in (DOCS / "recipes").glob("*.patch"):
+            assert patch.read_text() in text, patch.stem
+    assert (site / "recipes" / "tasks.py").exists()
 
 
 # ---- The details map ---------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_pages_say_the_measured_seconds_and_ratios() -> None:
     rows = read(COMMITTED / "runs.csv")
     rows = [r for r in rows if (r["env_id"], r["config"]) == ("CartPole-v1", "default")]
     seconds = np.median([float(row["process_seconds"]) for row in rows])
-    table = tables.markdown(tables.Args(table="speed.csv"))
+    table = tables.markdown(tables.Args(table="speed.csv", part="cart-pole"))
     (ratio,) = re.findall(r"^\| CleanRL .* ([\d.]+)x \|", table, re.MULTILINE)
     solved = tables.markdown(tables.Args(table="speed.csv", part="solve"))
     times = re.findall(r"^\| ([^|]*) \| [^|]* \| 10 of 10 \| ([\d.]+) \|", solved, re.MULTILINE)
