@@ -22,6 +22,7 @@ from benchmarks import (
     classic,
     details,
     figures,
+    gpu,
     jobs,
     overhead,
     pitfalls,
@@ -33,7 +34,31 @@ from benchmarks import (
     tables,
 )
 from benchmarks.peers import common
-from tests.helpers import ROOT, spy
+from tests.helpers import ROOT, import_file, spy
+
+
+def test_gpu_measures_with_flags_that_exist(monkeypatch) -> None:
+    works = list(gpu.runs(gpu.Args()))
+    assert {part for part, *_ in works} == {"equal", "atari", "width"} and len(works) == 26
+    assert len({work[:4] for work in works}) == len(works)
+    for _, script, flags, device, _ in works:
+        cls = import_file(ROOT / script).Args
+        tyro.cli(cls, args=[*flags.split(), "--device", device]).check()
+
+
+def test_gpu_writes_equal_numbers_and_speeds(tmp_path, monkeypatch) -> None:
+    """On the CPU, with the smallest of its runs."""
+    small = "--total-timesteps 384 --num-envs 4 --num-steps 32 --eval-episodes 1"
+    monkeypatch.setattr(gpu, "FEW", {"ppo_discrete.py": small})
+    runs = gpu.runs
+    ours = lambda args: (run for run in runs(args) if run[0] != "atari")  # noqa: E731
+    monkeypatch.setattr(gpu, "runs", ours)
+    words = ["gpu", "--device", "cpu", "--quick", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu.main()
+    equal, width = jobs.read(tmp_path / "gpu.csv")
+    assert equal["difference"] == "0.0e+00" and equal["device"] == "cpu"
+    assert float(width["steps_per_second"]) > 0.0 and float(width["memory_mb"]) > 50.0
 
 
 def test_iqm_leaves_out_the_lowest_and_the_highest_quarter() -> None:
