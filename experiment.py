@@ -221,8 +221,7 @@ def gather(item: Any) -> list:
 def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and variance of the rows (B, ...) of all processes."""
     if not in_group():
-        variance, mean = torch.var_mean(x, 0, correction=correction)
-        return mean, variance
+        return x.mean(0), x.var(0, correction=correction)
     count = all_sum(x.new_tensor(len(x)))
     mean = all_sum(x.sum(0)) / count
     return mean, all_sum((x - mean).square().sum(0)) / (count - correction)
