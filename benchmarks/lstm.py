@@ -1,0 +1,340 @@
+"""What a memory is worth: ppo_lstm.py beside sb3-contrib's RecurrentPPO and four stacked frames.
+
+    pip install --no-deps sb3-contrib                  # beside Stable-Baselines3
+    python benchmarks/lstm.py                          # returns without velocities, 5 seeds
+    python benchmarks/lstm.py --work speed             # steps/s at equal settings, in turn
+    python benchmarks/lstm.py --work maze              # a cue 20 steps back, and no memory
+    python benchmarks/report.py --table lstm.csv       # the table of returns
+
+Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
+ppo_lstm.py and ppo_discrete.py have their defaults, the latter on the last four observations.
+RecurrentPPO has the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
+for Acrobot those are of the task with its velocities. One line a run goes to results/lstm.csv.
+
+Speed: the same environments, rollout, minibatches, epochs and network: one LSTM of 64 units for
+policy and critic, a layer of 64 behind it for each, ReLU. Every run is a process of its own on one
+core, and they take turns. Steps per second count from the end of the second iteration. As the core
+may not be ours alone, seconds of the processor are noted too.
+"""
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
+
+from run import RESULTS, Job, append, check_names, commit, program, python, read, run_all  # noqa: E402
+
+# Environment, steps, and the numbers of its observation that are velocities.
+TASKS = {
+    "CartPole-v1": (100_000, (1, 3)),
+    "Acrobot-v1": (200_000, (4, 5)),
+    "LunarLander-v3": (300_000, (2, 3, 5)),
+}
+EQUAL = dict(num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4, hidden_size=64)
+
+
+def falling(start: float) -> Any:
+    return lambda left: start * left
+
+
+# Of rl-baselines3-zoo; a name with "envs" or "normalize" is not RecurrentPPO's.
+ZOO: dict[str, dict] = {
+    "CartPole-v1": {
+        "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
+        "n_epochs": 20, "learning_rate": falling(1e-3), "clip_range": falling(0.2),
+    },
+    "Acrobot-v1": {
+        "envs": 16, "normalize": True, "n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99,
+        "n_epochs": 4,
+    },
+    "LunarLander-v3": {
+        "envs": 16, "n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999,
+        "n_epochs": 4, "ent_coef": 0.01,
+    },
+}  # fmt: skip
+
+
+class TMaze(gym.Env):
+    """A corridor whose first cell shows which way to turn at its end, `length` steps later.
+
+    Everywhere else the observation is the same. Actions: 0 goes on, 1 and 2 turn left and right.
+    The right turn at the end pays 1, any other end pays 0: without a memory the best mean is 0.5.
+    """
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, length: int = 20):
+        self.length = length
+
+    def observe(self) -> np.ndarray:
+        cue = (2.0 * self.cue - 1.0) * (self.cell == 0)
+        return np.array([cue, self.cell == self.length], np.float32)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.cue, self.cell = int(self.np_random.integers(2)), 0
+        return self.observe(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        at_end = self.cell == self.length
+        reward = float(at_end and action == 1 + self.cue)
+        self.cell = min(self.cell + 1, self.length)
+        return self.observe(), reward, at_end, False, {}
+
+
+class Hide(gym.ObservationWrapper):
+    """Sets numbers of the observation to 0."""
+
+    def observation(self, obs: np.ndarray) -> np.ndarray:
+        obs = np.array(obs, np.float32)
+        obs[list(TASKS[self.env.spec.id][1])] = 0.0
+        return obs
+
+
+if "TMaze-v0" not in gym.registry:  # this file may be imported by more than one name
+    gym.register("TMaze-v0", TMaze)
+
+# Wrapped around ppo_discrete.py: the last four observations instead of one.
+STACKED = {
+    "experiment.make_vec": lambda make_vec, args, num_envs, **kwargs: make_vec(
+        args, num_envs, wrap=lambda env: gym.wrappers.FrameStackObservation(Hide(env), 4), **kwargs
+    )
+}
+
+
+@dataclass
+class Args:
+    """Measure what a memory is worth."""
+
+    work: Literal["returns", "speed", "maze"] = "returns"  # what is measured
+    env_ids: tuple[str, ...] = ()  # of the returns; all of them by default
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    rounds: int = 3  # of the speed: times that each is run
+    core: int = 0  # the core that the runs of the speed take turns on
+    only: tuple[str, ...] = ()  # scripts, of ppo_lstm.py, ppo_discrete.py and RecurrentPPO
+
+
+# ---- RecurrentPPO ------------------------------------------------------------------------------
+
+
+def evaluate(model: Any, envs: Any, deterministic: bool) -> np.ndarray:
+    """Return the returns of one episode of each environment."""
+    obs, state = envs.reset(), None
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    begins = np.ones(envs.num_envs, bool)
+    while running.any():
+        actions, state = model.predict(obs, state, begins, deterministic=deterministic)
+        obs, rewards, begins, _ = envs.step(actions)
+        returns[running] += rewards[running]
+        running &= ~begins
+    return returns
+
+
+def learn_peer(env_id: str, seed: int, run_dir: Path, total_timesteps: int) -> None:
+    """Train RecurrentPPO with the zoo's settings, and write what our scripts write."""
+    import torch
+    from learn_sb3 import Curve
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    torch.set_num_threads(1)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dict(ZOO[env_id])
+    envs: Any = make_vec_env(env_id, settings.pop("envs"), seed=seed, wrapper_class=Hide)
+    normalised = settings.pop("normalize", False)
+    if normalised:
+        envs = VecNormalize(envs, gamma=settings["gamma"])
+    logs = tempfile.mkdtemp()
+    model = RecurrentPPO(
+        "MlpLstmPolicy", envs, **settings, seed=seed, device="cpu", tensorboard_log=logs
+    )
+    curve, start = Curve(), time.perf_counter()
+    model.learn(total_timesteps, callback=curve, log_interval=1)
+    sps = int(model.num_timesteps / (time.perf_counter() - start))
+    with open(run_dir / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("global_step", "charts/episodic_return"), *curve.rows])
+    scores = []
+    for deterministic in (True, False):
+        envs = make_vec_env(env_id, 100, seed=12345, wrapper_class=Hide)
+        if normalised:
+            envs = VecNormalize(envs, training=False, norm_reward=False)
+            envs.obs_rms = model.get_vec_normalize_env().obs_rms
+        scores.append(evaluate(model, envs, deterministic))
+    likeliest, sampled = scores
+    last = curve.episodes[-100:]
+    results = {
+        "global_step": model.num_timesteps,
+        "eval_mean": likeliest.mean(),
+        "eval_std": likeliest.std(),
+        "eval_stochastic_mean": sampled.mean(),
+        "eval_episodes": 100,
+        "train_return": float(np.mean(last)) if last else None,
+        "sps": sps,
+    }
+    (run_dir / "results.json").write_text(json.dumps(results))
+
+
+# ---- Steps per second at equal settings --------------------------------------------------------
+
+SPEED_STEPS = 20 * EQUAL["num_envs"] * EQUAL["num_steps"]
+
+
+def ticks_of_ours(seed: int) -> list[tuple[int, float, float]]:
+    """Train ppo_lstm.py; return rows, time and processor's seconds after each iteration."""
+    import ppo_lstm
+
+    ticks: list[tuple[int, float, float]] = []
+    args = ppo_lstm.Args(
+        hide=TASKS["CartPole-v1"][1],
+        vectorization_mode="sync",  # as RecurrentPPO has them
+        total_timesteps=SPEED_STEPS,
+        seed=seed,
+        norm_adv="minibatch",
+        norm_obs=False,
+        eval_episodes=1,
+        run_dir=Path(tempfile.mkdtemp(), "run"),
+        **EQUAL,
+    )
+    rows = args.batch_size
+
+    def tick(step: int, metrics: dict) -> None:
+        ticks.append((rows * (len(ticks) + 1), time.time(), time.process_time()))
+
+    ppo_lstm.train(args, on_iteration=tick)
+    return ticks
+
+
+def ticks_of_peer(seed: int) -> list[tuple[int, float, float]]:
+    """Train RecurrentPPO; return the same."""
+    import torch
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    ticks: list[tuple[int, float, float]] = []
+
+    class Tick(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                ticks.append((self.num_timesteps, time.time(), time.process_time()))
+
+    torch.set_num_threads(1)
+    size = EQUAL["hidden_size"]
+    model = RecurrentPPO(
+        "MlpLstmPolicy",
+        make_vec_env("CartPole-v1", EQUAL["num_envs"], seed=seed, wrapper_class=Hide),
+        n_steps=EQUAL["num_steps"],
+        batch_size=EQUAL["num_envs"] * EQUAL["num_steps"] // EQUAL["num_minibatches"],
+        n_epochs=EQUAL["update_epochs"],
+        learning_rate=falling(2.5e-3),
+        ent_coef=0.01,
+        vf_coef=0.25,  # of a loss that it does not halve
+        policy_kwargs=dict(
+            lstm_hidden_size=size,
+            shared_lstm=True,
+            enable_critic_lstm=False,
+            net_arch=dict(pi=[size], vf=[size]),
+            activation_fn=torch.nn.ReLU,
+        ),
+        device="cpu",
+        seed=seed,
+        tensorboard_log=tempfile.mkdtemp(),
+    )
+    model.learn(SPEED_STEPS, callback=Tick(), log_interval=1)
+    return [*ticks, (SPEED_STEPS, time.time(), time.process_time())]
+
+
+def measure_speed(args: Args) -> None:
+    table = RESULTS / "lstm_speed.csv"
+    pin = ["taskset", "-c", str(args.core)] if shutil.which("taskset") else []
+    paths = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
+    for number in range(1, args.rounds + 1):
+        for name, function in (("ppo_lstm.py", "ours"), ("RecurrentPPO", "peer")):
+            code = f"import json, sys; sys.path[:0] = {paths}; import lstm; "
+            code += f"print(json.dumps(lstm.ticks_of_{function}({number})))"
+            _, (first, *_, last) = 0, json.loads(python("-c", code, pin=pin).splitlines()[-1])[1:]
+            rows, seconds, cpu = (b - a for a, b in zip(first, last))
+            line = {
+                "contender": name,
+                "round": number,
+                "rows": rows,
+                "steps_per_second": round(rows / seconds),
+                "steps_per_cpu_second": round(rows / cpu),
+                "settings": json.dumps(EQUAL),
+                "commit": commit(),
+            }
+            append(table, line)
+            speeds = f"{line['steps_per_second']:,} steps/s"
+            speeds += f", {line['steps_per_cpu_second']:,} a second of the processor"
+            print(f"{name}, round {number}: {speeds}", flush=True)
+    lines = read(table)
+    for column in ("steps_per_second", "steps_per_cpu_second"):
+        ours, theirs = (
+            np.median([float(x[column]) for x in lines if x["contender"] == name])
+            for name in ("ppo_lstm.py", "RecurrentPPO")
+        )
+        print(f"{column}: {ours:,.0f} and {theirs:,.0f}, medians: {ours / theirs:.1f} times")
+
+
+# ---- Returns -----------------------------------------------------------------------------------
+
+
+def maze_jobs(args: Args) -> list[Job]:
+    flags = "--total-timesteps 60000 --eval-episodes 100"
+    return [
+        Job(script, "benchmarks.lstm:TMaze-v0", "default", seed, flags)
+        for seed in args.seeds
+        for script in ("ppo_lstm.py", "ppo_discrete.py")
+    ]
+
+
+def return_jobs(args: Args) -> list[Job]:
+    paths = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
+    peer = f"import sys; sys.path[:0] = {paths}; import lstm, tyro; tyro.cli(lstm.learn_peer)"
+    stacked = program("ppo_discrete.py", "lstm.STACKED")
+    jobs = []
+    for env_id, (steps, hidden) in TASKS.items():
+        if args.env_ids and env_id not in args.env_ids:
+            continue
+        budget, hide = f"--total-timesteps {steps}", f"--hide {' '.join(map(str, hidden))}"
+        ours = f"{budget} --eval-episodes 100"
+        for seed in args.seeds:
+            jobs += [
+                Job("ppo_lstm.py", env_id, "no velocities", seed, f"{ours} {hide}"),
+                Job("ppo_discrete.py", env_id, "four frames", seed, ours, stacked),
+                Job("RecurrentPPO", env_id, "its zoo's", seed, budget, ("-c", peer)),
+            ]
+    return jobs
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    check_names("--env-ids", args.env_ids, TASKS)
+    check_names("--only", args.only, ("ppo_lstm.py", "ppo_discrete.py", "RecurrentPPO"))
+    if args.work == "speed":
+        measure_speed(args)
+        return
+    jobs = maze_jobs(args) if args.work == "maze" else return_jobs(args)
+    jobs = [job for job in jobs if not args.only or job.script in args.only]
+    run_all(jobs, RESULTS / "lstm.csv", processes=1, curves=False)
+
+
+if __name__ == "__main__":
+    main()
