@@ -14,7 +14,7 @@ Each iteration of `train` has four parts:
 
 Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch, M in a minibatch,
 P parts of an action (1 unless the space is MultiDiscrete or MultiBinary), A choices of each part,
-H units of the LSTM. Its state, (2, N, H), is h and c: h is what it puts out, c what it keeps.
+H units of the LSTM; its state (2, N, H) is its output h and its cell c.
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
@@ -47,7 +47,6 @@ class Args(EnvArgs):
     """Train a PPO agent with a memory and discrete actions, then evaluate it."""
 
     env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first.
-    hide: tuple[int, ...] = ()  # Numbers of the observation that are always 0: what is not seen.
     total_timesteps: int = 200_000  # Total steps over all environments.
     num_envs: int = 16  # N: environments that run in parallel.
     num_steps: int = 128  # T: steps per environment and rollout. Gradients reach no further back.
@@ -67,6 +66,7 @@ class Args(EnvArgs):
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
     target_kl: float | None = None  # Ends an update above this KL. With penalty: target KL, 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
+    hide: tuple[int, ...] = ()  # Numbers of the observation that are always 0: what is not seen.
     norm_obs: bool = True  # Normalise observations by their running mean and std (details 28, 29).
     hidden_size: int = 64  # H: units of the LSTM, and of the layer behind it.
     activation: Literal["relu", "tanh"] = "relu"  # CleanRL and Baselines use tanh.
@@ -76,6 +76,8 @@ class Args(EnvArgs):
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""
         super().check()
+        if self.compile:
+            raise UserError("--compile: the sequences of an LSTM differ in length")
         self.check_range("update_epochs num_minibatches hidden_size", 1)
         self.check_range("gamma gae_lambda", 0, 1)
         self.check_range("ent_coef vf_coef", 0)
@@ -88,15 +90,12 @@ class Args(EnvArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout (T, N, ...), or M of its environments, of which the first three have all T rows.
-
-    From `actions` on, the reset rows are left out of a minibatch: B transitions stay.
-    """
+    """A rollout, all columns (T, N, ...), or M of its environments without their reset rows."""
 
     obs: Tensor  # (T, M, D)
-    begins: Tensor  # (T, M), bool: an episode begins in this row. On the CPU
+    begins: Tensor  # (T, M), bool, on the CPU: an episode begins in this row
     state: Tensor  # (2, M, H), the LSTM's before the first row
-    is_transition: Tensor  # (T, M), bool; of a minibatch (B,), the numbers of those rows
+    rows: Tensor  # (B,), the transitions among the T x M rows; of a rollout (T, N), bool, CPU
     actions: Tensor  # (B, P)
     masks: Tensor  # (B, P, A), added to the logits: 0 for a legal choice, -1e9 for any other
     log_probs: Tensor  # (B,), of the actions, under the policy that took them
@@ -105,11 +104,11 @@ class Batch(NamedTuple):
     values: Tensor  # (B,), the critic's estimates before the update
 
     def of(self, envs: Tensor) -> "Batch":
-        """Return the minibatch of some environments (M,) (detail 35)."""
+        """Return the minibatch of some environments (M,) of a rollout (detail 35)."""
         part = {name: x[:, envs] for name, x in self._asdict().items()}
-        rows = part["is_transition"].flatten().nonzero().squeeze(-1)
+        rows = part["rows"].flatten().nonzero().squeeze(-1).to(self.obs.device)
         flat = {name: x.flatten(0, 1)[rows] for name, x in list(part.items())[4:]}
-        return Batch(**part | flat | {"is_transition": rows})
+        return Batch(**{**part, **flat, "rows": rows})
 
 
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
@@ -119,12 +118,10 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
         what = f"its actions are {envs.single_action_space}"
         experiment.refuse(args, envs, f"{what}: ppo_continuous.py is for Box")
     envs = experiment.flatten_observations(args, envs, for_images="use ppo_atari.py")
-    if not args.hide:
-        return envs
-    seen = np.ones(envs.single_observation_space.shape, np.float32)
-    if not all(0 <= i < len(seen) for i in args.hide):
-        experiment.refuse(args, envs, f"--hide takes numbers from 0 to {len(seen) - 1}")
-    seen[list(args.hide)] = 0.0
+    size = envs.single_observation_space.shape[0]
+    if not all(0 <= i < size for i in args.hide):
+        experiment.refuse(args, envs, f"--hide takes numbers from 0 to {size - 1}")
+    seen = np.float32([i not in args.hide for i in range(size)])
     return gym.wrappers.vector.TransformObservation(envs, lambda obs: obs * seen)
 
 
@@ -162,28 +159,25 @@ class Agent(nn.Module):
     def remember(self, obs: Tensor, begins: Tensor, state: Tensor) -> Tensor:
         """Return the LSTM's output (T, N, H) for obs (T, N, D), from the state before them.
 
-        Each episode is a sequence of its own: the first of an environment starts from its state,
-        any other from 0 (detail 34). The sequences are padded and run side by side, which takes a
-        fifth of the time of a loop over T rows with a cell.
+        Each episode is a sequence of its own, which starts from 0 (detail 34) unless it began
+        before. Padded and side by side they take a fifth of the time of a loop over T rows.
         """
-        starts, row = begins.numpy().copy(), np.arange(len(begins))[:, None]
+        row, starts = np.arange(len(begins))[:, None], begins.numpy().copy()
         starts[0] = True
         number = starts.T.cumsum().reshape(starts.T.shape).T - 1  # (T, N), of the row's sequence
         place = row - np.maximum.accumulate(np.where(starts, row, 0))  # (T, N), of the row in it
-        shape = place.max() + 1, number[-1, -1] + 1
-        index = torch.as_tensor(place * shape[1] + number, device=obs.device).flatten()
-        padded = obs.new_zeros(shape[0] * shape[1], obs.shape[-1])
-        padded[index] = obs.flatten(0, 1)
-        first = obs.new_zeros(2, shape[1], state.shape[-1])
-        first[:, number[0]] = state * (~begins[0]).to(obs.device).unsqueeze(-1)
-        output, _ = self.lstm(padded.view(*shape, -1), (first[:1], first[1:]))
-        return output.flatten(0, 1).index_select(0, index).view(*obs.shape[:2], -1)
+        length, count = place.max() + 1, number.max() + 1
+        first = obs.new_zeros(2, count, state.shape[-1])
+        first[:, number[0]] = state * ~begins[0, :, None].to(obs.device)
+        padded = obs.new_zeros(length, count, obs.shape[-1])
+        padded[place, number] = obs
+        output, _ = self.lstm(padded, (first[:1], first[1:]))
+        return output[place, number]
 
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
         """Return a snapshot of the policy: obs (N, D), masks, begins (N,), generator to actions.
 
-        It remembers: each call moves `state` (2, N, H) one row on, in place. Without one it starts
-        from 0 (detail 33).
+        Each call moves `state` (2, N, H), at first 0 (detail 33), one row on, in place.
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
         forward = experiment.numpy_forward(self.actor)
@@ -206,8 +200,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, info: dict, rng: Any, policy: Any) -> np.ndarray:
         """Return actions for the environment: sampled with a generator, else the most likely.
 
-        `policy` remembers: make one with `policy()` for each episode, or have info["begins"] (N,)
-        say where one begins.
+        `policy` remembers: make one for each episode, or say in info["begins"] where one begins.
         """
         begins = np.zeros(len(obs), bool) | info.get("begins", False)
         return self.choices.to_env(policy(obs, self.choices.masks(info), begins, rng))
@@ -228,7 +221,7 @@ class Agent(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return log pi(a|s), the entropy of pi(.|s) and V(s), each (B,)."""
         features = self.remember(batch.obs, batch.begins, batch.state)  # (T, M, H)
-        features = features.flatten(0, 1).index_select(0, batch.is_transition)  # (B, H)
+        features = features.flatten(0, 1)[batch.rows]  # (B, H)
         log_probs, entropy = self.log_prob_and_entropy(features, batch.actions, batch.masks)
         return log_probs, entropy, self.critic(features).squeeze(-1)
 
@@ -315,8 +308,6 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         agent = (agent or Agent(args, envs)).to(run.device)
         parameters = experiment.flatten_parameters(agent)  # all in one vector: faster to update
         optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
-        if args.compile:
-            compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
         tensor = partial(torch.as_tensor, device=run.device)
         T, N, choices = args.num_steps, envs.num_envs, agent.choices
@@ -377,7 +368,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 obs=inputs[:-1],
                 begins=starts[:-1],
                 state=first,
-                is_transition=keep,
+                rows=torch.as_tensor(is_transition),
                 actions=taken,
                 masks=logit_masks,
                 log_probs=log_probs,
@@ -389,17 +380,14 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             # ---- [3] Update: K epochs of shuffled minibatches ----------------------------------
             logged = []  # the statistics of each minibatch
             for _ in range(args.update_epochs):
-                order = tensor(run.shuffling.permutation(N))
+                order = torch.as_tensor(run.shuffling.permutation(N))
                 for some in order.tensor_split(args.num_minibatches):  # environments: detail 35
                     minibatch = rollout.of(some)  # its states are rebuilt: detail 36
                     if args.norm_adv == "minibatch":
                         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
-                    if args.compile:
-                        stats = compiled(minibatch)  # also fills parameters.grad
-                    else:
-                        parameters.grad.zero_()
-                        loss, stats = ppo_loss(agent, args, minibatch)
-                        loss.backward()
+                    parameters.grad.zero_()
+                    loss, stats = ppo_loss(agent, args, minibatch)
+                    loss.backward()
                     experiment.all_sum(parameters.grad.mul_(run.weight))  # mean over processes
                     grad_norm = parameters.grad.norm()  # clipped as by nn.utils.clip_grad_norm_
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
