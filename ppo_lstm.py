@@ -14,7 +14,7 @@ Each iteration of `train` has four parts:
 
 Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch, M in a minibatch,
 P parts of an action (1 unless the space is MultiDiscrete or MultiBinary), A choices of each part,
-H units of the LSTM; its state (2, N, H) is its output h and its cell c.
+H units of an LSTM. The state (4, N, H) is h and c of the actor's, then h and c of the critic's.
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
@@ -47,9 +47,9 @@ class Args(EnvArgs):
     """Train a PPO agent with a memory and discrete actions, then evaluate it."""
 
     env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first.
-    total_timesteps: int = 200_000  # Total steps over all environments.
+    total_timesteps: int = 100_000  # Total steps over all environments.
     num_envs: int = 16  # N: environments that run in parallel.
-    num_steps: int = 128  # T: steps per environment and rollout. Gradients reach no further back.
+    num_steps: int = 64  # T: steps per environment and rollout. Gradients reach no further back.
     learning_rate: float = 2.5e-3  # Adam's initial learning rate.
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (detail 4).
     update_epochs: int = 10  # K: passes over the batch per update.
@@ -94,7 +94,7 @@ class Batch(NamedTuple):
 
     obs: Tensor  # (T, M, D)
     begins: Tensor  # (T, M), bool, on the CPU: an episode begins in this row
-    state: Tensor  # (2, M, H), the LSTM's before the first row
+    state: Tensor  # (4, M, H), before the first row
     rows: Tensor  # (B,), the transitions among the T x M rows; of a rollout (T, N), bool, CPU
     actions: Tensor  # (B, P)
     masks: Tensor  # (B, P, A), added to the logits: 0 for a legal choice, -1e9 for any other
@@ -137,17 +137,31 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class Memory(nn.Module):
+    """Two LSTMs, the actor's and the critic's: what is worth remembering differs (detail 13)."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.actor, self.critic = nn.LSTM(*sizes), nn.LSTM(*sizes)
+        for name, parameter in self.named_parameters():  # detail 32
+            nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both outputs (T, N, 2 H), side by side, and the state (4, N, H) after them."""
+        first, second = state.split(1)[:2], state.split(1)[2:]
+        (actor, first), (critic, second) = self.actor(x, first), self.critic(x, second)
+        return torch.cat((actor, critic), -1), torch.cat((*first, *second))
+
+
 class Agent(nn.Module):
-    """The policy (actor) and the value function (critic), two heads of one LSTM."""
+    """The policy (actor) and the value function (critic), each with a memory of its own."""
 
     def __init__(self, args: Args, envs: Any):
         super().__init__()
         self.choices = Choices(envs.single_action_space)
         self.obs_shape = envs.single_observation_space.shape
         sizes = (args.hidden_size, args.hidden_size)
-        self.lstm = nn.LSTM(*self.obs_shape, args.hidden_size)
-        for name, parameter in self.lstm.named_parameters():  # detail 32
-            nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
+        self.memory = Memory(*self.obs_shape, args.hidden_size)
         # A network of your own goes here, without dropout: rollout, update and evaluation use it.
         self.actor = mlp(
             *sizes, math.prod(self.choices.shape), activation=args.activation, head_gain=0.01
@@ -156,8 +170,8 @@ class Agent(nn.Module):
         self.kl_coef = nn.Buffer(torch.tensor(args.kl_coef))  # beta of PPO-Penalty
         self.obs_normaliser = Normaliser(self.obs_shape, clip=10.0, enabled=args.norm_obs)
 
-    def remember(self, obs: Tensor, begins: Tensor, state: Tensor) -> Tensor:
-        """Return the LSTM's output (T, N, H) for obs (T, N, D), from the state before them.
+    def remember(self, obs: Tensor, begins: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the LSTMs' outputs (T, N, H) for obs (T, N, D), from the state before them.
 
         Each episode is a sequence of its own, which starts from 0 (detail 34) unless it began
         before. Padded and side by side they take a fifth of the time of a loop over T rows.
@@ -167,17 +181,17 @@ class Agent(nn.Module):
         number = starts.T.cumsum().reshape(starts.T.shape).T - 1  # (T, N), of the row's sequence
         place = row - np.maximum.accumulate(np.where(starts, row, 0))  # (T, N), of the row in it
         length, count = place.max() + 1, number.max() + 1
-        first = obs.new_zeros(2, count, state.shape[-1])
+        first = obs.new_zeros(4, count, state.shape[-1])
         first[:, number[0]] = state * ~begins[0, :, None].to(obs.device)
         padded = obs.new_zeros(length, count, obs.shape[-1])
         padded[place, number] = obs
-        output, _ = self.lstm(padded, (first[:1], first[1:]))
-        return output[place, number]
+        output, _ = self.memory(padded, first)
+        return output[place, number].chunk(2, -1)
 
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
         """Return a snapshot of the policy: obs (N, D), masks, begins (N,), generator to actions.
 
-        Each call moves `state` (2, N, H), at first 0 (detail 33), one row on, in place.
+        Each call moves `state` (4, N, H), at first 0 (detail 33), one row on, in place.
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
         forward = experiment.numpy_forward(self.actor)
@@ -187,12 +201,12 @@ class Agent(nn.Module):
         def choose(obs: np.ndarray, masks: np.ndarray, begins: np.ndarray, rng: Any) -> np.ndarray:
             nonlocal state
             if state is None:
-                state = self.kl_coef.new_zeros(2, len(obs), self.lstm.hidden_size)
+                state = self.kl_coef.new_zeros(4, len(obs), self.memory.actor.hidden_size)
             state[:, torch.as_tensor(begins)] = 0.0
             row = torch.as_tensor(normalise_obs(obs), device=state.device)[None]
-            features, parts = self.lstm(row, (state[:1], state[1:]))
-            torch.cat(parts, out=state)
-            logits = forward(features[0].cpu().numpy()).reshape(-1, *self.choices.shape) + masks
+            features, state[:] = self.memory(row, state)
+            features = features[0].chunk(2, -1)[0].cpu().numpy()  # the actor's, (N, H)
+            logits = forward(features).reshape(-1, *self.choices.shape) + masks
             return (logits if rng is None else logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
         return choose
@@ -220,10 +234,10 @@ class Agent(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return log pi(a|s), the entropy of pi(.|s) and V(s), each (B,)."""
-        features = self.remember(batch.obs, batch.begins, batch.state)  # (T, M, H)
-        features = features.flatten(0, 1)[batch.rows]  # (B, H)
+        known = self.remember(batch.obs, batch.begins, batch.state)
+        features, of_critic = (x.flatten(0, 1)[batch.rows] for x in known)  # (B, H)
         log_probs, entropy = self.log_prob_and_entropy(features, batch.actions, batch.masks)
-        return log_probs, entropy, self.critic(features).squeeze(-1)
+        return log_probs, entropy, self.critic(of_critic).squeeze(-1)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -318,7 +332,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         rewards = np.zeros((T, N), np.float32)
         terminated = np.zeros((T, N), bool)
         begins = np.zeros((T + 1, N), bool)  # whether an episode begins in the row
-        state = torch.zeros(2, N, args.hidden_size, device=run.device)  # detail 33
+        state = torch.zeros(4, N, args.hidden_size, device=run.device)  # detail 33
         if args.norm_obs and run.iteration == 0:  # so that no rollout acts on raw observations
             agent.obs_normaliser.update(run.first_observations(agent))
         obs[T], info = envs.reset(seed=run.env_seed)
@@ -348,8 +362,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             taken, logit_masks = tensor(actions), tensor(masks[:-1])
             starts = torch.as_tensor(begins)
             with torch.no_grad():
-                features = agent.remember(inputs, starts, first)  # (T + 1, N, H)
-                values = agent.critic(features).squeeze(-1)  # (T + 1, N)
+                features, of_critic = agent.remember(inputs, starts, first)  # (T + 1, N, H)
+                values = agent.critic(of_critic).squeeze(-1)  # (T + 1, N)
                 log_probs, _ = agent.log_prob_and_entropy(features[:-1], taken, logit_masks)
             # The last observation of an episode has its own row, so V(s') is simply V's next row.
             advantages, returns = gae(

@@ -20,6 +20,7 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_lstm
 import ppo_rlhf_toy
 from gae import gae
 from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
@@ -27,7 +28,7 @@ from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
-SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_rlhf_toy)
+SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_lstm, ppo_rlhf_toy)
 lines = runpy.run_path(str(DOCS / "lines.py"))
 # Flags of a run of ppo_rlhf_toy.py that takes some seconds.
 TINY = dict(
