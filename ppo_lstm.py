@@ -122,7 +122,8 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     if not all(0 <= i < size for i in args.hide):
         experiment.refuse(args, envs, f"--hide takes numbers from 0 to {size - 1}")
     seen = np.float32([i not in args.hide for i in range(size)])
-    return gym.wrappers.vector.TransformObservation(envs, lambda obs: obs * seen)
+    hide = gym.wrappers.vector.TransformObservation
+    return hide(envs, lambda obs: obs * seen) if args.hide else envs
 
 
 def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:

@@ -175,8 +175,8 @@ def test_file_keeps_its_budget_of_lines(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_loss_stands_before_line_230(name: str) -> None:
-    assert definition(name, "clipped_surrogate").lineno < 230
+def test_loss_stands_before_line_230_or_245_with_a_memory(name: str) -> None:
+    assert definition(name, "clipped_surrogate").lineno < (245 if name == "ppo_lstm" else 230)
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
