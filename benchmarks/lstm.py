@@ -4,7 +4,8 @@
     python benchmarks/lstm.py                          # returns without velocities, 5 seeds
     python benchmarks/lstm.py --work speed             # steps/s at equal settings, in turn
     python benchmarks/lstm.py --work maze              # a cue 20 steps back, and no memory
-    python benchmarks/report.py --table lstm.csv       # the table of returns
+    python benchmarks/lstm.py --work details           # the maze with one detail changed
+    python benchmarks/lstm.py --work table             # what lstm.csv holds, as the pages have it
 
 Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
 ppo_lstm.py and ppo_discrete.py have their defaults, the latter on the last four observations.
@@ -17,7 +18,8 @@ and they take turns. Steps per second count from the end of the second iteration
 not be theirs alone, steps per second of the processor stand beside.
 
 Maze: both scripts have advantages that are not normalised. Where every episode pays 1, normalising
-blows up what is left of them, and the memory of a solved maze is lost again.
+blows up what is left of them, and the memory of a solved maze is lost again. Details: ppo_lstm.py
+in the maze with one thing changed, by wrapping its functions.
 """
 
 import csv
@@ -118,15 +120,51 @@ STACKED = {
 }
 
 
+def uniform_memory(memory: Any, *sizes: int) -> Any:
+    net = memory(*sizes)
+    for lstm in (net.actor, net.critic):
+        lstm.reset_parameters()
+    return net
+
+
+def shared_memory(memory: Any, *sizes: int) -> Any:
+    net = memory(*sizes)
+    net.critic = net.actor
+    return net
+
+
+def deaf_policy(policy: Any, agent: Any, state: Any = None) -> Any:
+    choose = policy(agent, state)
+    return lambda obs, masks, begins, rng: choose(obs, masks, begins & False, rng)
+
+
+# What Python wraps around functions of ppo_lstm.py.
+CHANGES: dict[str, dict] = {
+    "PyTorch's initial weights": {"Memory": uniform_memory},
+    "state never set to 0": {
+        "Agent.policy": deaf_policy,
+        "Agent.remember": lambda remember, agent, obs, begins, state: remember(
+            agent, obs, begins & False, state
+        ),
+    },
+    "update starts from a state of 0": {
+        "Agent.remember": lambda remember, agent, obs, begins, state: remember(
+            agent, obs, begins, 0.0 * state
+        ),
+    },
+    "one LSTM for actor and critic": {"Memory": shared_memory},
+}
+
+
 @dataclass
 class Args:
     """Measure what a memory is worth."""
 
-    work: Literal["returns", "speed", "maze"] = "returns"  # what is measured
+    work: Literal["returns", "speed", "maze", "details", "table"] = "returns"  # what is measured
     env_ids: tuple[str, ...] = ()  # of the returns; all of them by default
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     rounds: int = 3  # of the speed: times that each is run
-    core: int = 0  # the core that the runs of the speed take turns on
+    core: int = 0  # the core on which they run
     only: tuple[str, ...] = ()  # scripts, of ppo_lstm.py, ppo_discrete.py and RecurrentPPO
 
 
@@ -263,7 +301,7 @@ def ticks_of_peer(seed: int) -> list[tuple[int, float, float]]:
 
 
 def measure_speed(args: Args) -> None:
-    table = RESULTS / "lstm_speed.csv"
+    speeds_table = RESULTS / "lstm_speed.csv"
     pin = ["taskset", "-c", str(args.core)] if shutil.which("taskset") else []
     paths = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
     for number in range(1, args.rounds + 1):
@@ -281,11 +319,11 @@ def measure_speed(args: Args) -> None:
                 "settings": json.dumps(EQUAL),
                 "commit": commit(),
             }
-            append(table, line)
+            append(speeds_table, line)
             speeds = f"{line['steps_per_second']:,} steps/s"
             speeds += f", {line['steps_per_cpu_second']:,} a second of the processor"
             print(f"{name}, round {number}: {speeds}", flush=True)
-    lines = read(table)
+    lines = read(speeds_table)
     for column in ("steps_per_second", "steps_per_cpu_second"):
         ours, theirs = (
             np.median([float(x[column]) for x in lines if x["contender"] == name])
@@ -297,10 +335,43 @@ def measure_speed(args: Args) -> None:
 # ---- Returns -----------------------------------------------------------------------------------
 
 
-def maze_jobs(args: Args) -> list[Job]:
-    flags = "--norm-adv none --total-timesteps 40000 --eval-episodes 100"
+MAZE, MAZE_FLAGS = "benchmarks.lstm:TMaze-v0", "--norm-adv none --total-timesteps 40000"
+MAZE_FLAGS += " --eval-episodes 100"
+
+
+def table() -> str:
+    """Return the table of what lstm.csv holds, in Markdown."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in read(RESULTS / "lstm.csv"):
+        key = row["env_id"].rpartition(":")[2], row["script"], row["config"]
+        groups.setdefault(key, []).append(row)
+    lines = [
+        "| environment | script | | steps | seeds | likeliest actions | lowest seed | sampled |"
+    ]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|")
+    for key, rows in groups.items():
+        likeliest, sampled, steps = (
+            np.array([float(row[name]) for row in rows])
+            for name in ("eval_mean", "eval_stochastic_mean", "global_step")
+        )
+        form = ",.2f" if "TMaze" in key[0] else ",.1f"
+        cells = [*key, f"{steps.mean():,.0f}", str(len(rows))]
+        cells += [f"{x:{form}}" for x in (likeliest.mean(), likeliest.min(), sampled.mean())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def detail_jobs(args: Args) -> list[Job]:
     return [
-        Job(script, "benchmarks.lstm:TMaze-v0", "default", seed, flags)
+        Job("ppo_lstm.py", MAZE, name, seed, MAZE_FLAGS, program("ppo_lstm.py", wraps))
+        for seed in args.seeds[:3]
+        for name, wraps in ((name, f"lstm.CHANGES[{name!r}]") for name in CHANGES)
+    ]
+
+
+def maze_jobs(args: Args) -> list[Job]:
+    return [
+        Job(script, MAZE, "default", seed, MAZE_FLAGS)
         for seed in args.seeds
         for script in ("ppo_lstm.py", "ppo_discrete.py")
     ]
@@ -332,7 +403,11 @@ def main() -> None:
     if args.work == "speed":
         measure_speed(args)
         return
-    jobs = maze_jobs(args) if args.work == "maze" else return_jobs(args)
+    if args.work == "table":
+        print(table())
+        return
+    works = {"maze": maze_jobs, "details": detail_jobs, "returns": return_jobs}
+    jobs = works[args.work](args)
     jobs = [job for job in jobs if not args.only or job.script in args.only]
     run_all(jobs, RESULTS / "lstm.csv", processes=1, curves=False)
 
