@@ -10,7 +10,8 @@
 Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
 ppo_lstm.py and ppo_discrete.py have their defaults, the latter on the last four observations.
 RecurrentPPO has the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
-for Acrobot those are of the task with its velocities. One line a run goes to results/lstm.csv.
+for Acrobot those are of the task with its velocities. Its two LSTMs of 256 units want an hour or
+more for each run; --units 64 gives it our size. One line a run goes to results/lstm.csv.
 
 Speed: the same environments, rollout, minibatches, epochs and network: an LSTM of 64 units each
 for policy and critic, a layer of 64 behind it, ReLU. Every run is a process of its own on one core,
@@ -19,7 +20,7 @@ not be theirs alone, steps per second of the processor stand beside.
 
 Maze: both scripts have advantages that are not normalised. Where every episode pays 1, normalising
 blows up what is left of them, and the memory of a solved maze is lost again. Details: ppo_lstm.py
-in the maze with one thing changed, by wrapping its functions.
+in the maze, and two of them in CartPole, with one thing changed, by wrapping its functions.
 """
 
 import csv
@@ -154,6 +155,7 @@ CHANGES: dict[str, dict] = {
     },
     "one LSTM for actor and critic": {"Memory": shared_memory},
 }
+IN_CART_POLE = {"one LSTM for actor and critic": "", "observations not normalised": "--no-norm-obs"}
 
 
 @dataclass
@@ -161,10 +163,11 @@ class Args:
     """Measure what a memory is worth."""
 
     work: Literal["returns", "speed", "maze", "details", "table"] = "returns"  # what is measured
-    env_ids: tuple[str, ...] = ()  # of the returns; all of them by default
+    env_ids: tuple[str, ...] = ()  # of the returns and the details; all of them by default
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     rounds: int = 3  # of the speed: times that each is run
     core: int = 0  # the core on which they run
+    units: int = 256  # of each LSTM of RecurrentPPO
     only: tuple[str, ...] = ()  # scripts, of ppo_lstm.py, ppo_discrete.py and RecurrentPPO
 
 
@@ -184,7 +187,7 @@ def evaluate(model: Any, envs: Any, deterministic: bool) -> np.ndarray:
     return returns
 
 
-def learn_peer(env_id: str, seed: int, run_dir: Path, total_timesteps: int) -> None:
+def learn_peer(env_id: str, seed: int, run_dir: Path, total_timesteps: int, units: int) -> None:
     """Train RecurrentPPO with the zoo's settings, and write what our scripts write."""
     import torch
     from learn_sb3 import Curve
@@ -201,7 +204,13 @@ def learn_peer(env_id: str, seed: int, run_dir: Path, total_timesteps: int) -> N
         envs = VecNormalize(envs, gamma=settings["gamma"])
     logs = tempfile.mkdtemp()
     model = RecurrentPPO(
-        "MlpLstmPolicy", envs, **settings, seed=seed, device="cpu", tensorboard_log=logs
+        "MlpLstmPolicy",
+        envs,
+        **settings,
+        policy_kwargs=dict(lstm_hidden_size=units),
+        seed=seed,
+        device="cpu",
+        tensorboard_log=logs,
     )
     curve, start = Curve(), time.perf_counter()
     model.learn(total_timesteps, callback=curve, log_interval=1)
@@ -362,11 +371,20 @@ def table() -> str:
 
 
 def detail_jobs(args: Args) -> list[Job]:
-    return [
-        Job("ppo_lstm.py", MAZE, name, seed, MAZE_FLAGS, program("ppo_lstm.py", wraps))
-        for seed in args.seeds[:3]
-        for name, wraps in ((name, f"lstm.CHANGES[{name!r}]") for name in CHANGES)
+    steps, hidden = TASKS["CartPole-v1"]
+    flags = f"--total-timesteps {steps} --eval-episodes 100 --hide {' '.join(map(str, hidden))}"
+    tasks = [(MAZE, name, MAZE_FLAGS) for name in CHANGES]
+    tasks += [
+        ("CartPole-v1", name, f"{flags} {more}".strip()) for name, more in IN_CART_POLE.items()
     ]
+    jobs = []
+    for seed in args.seeds[:3]:
+        for env_id, name, flags in tasks:
+            if args.env_ids and env_id not in args.env_ids:
+                continue
+            wraps = program("ppo_lstm.py", f"lstm.CHANGES.get({name!r}, {{}})")
+            jobs.append(Job("ppo_lstm.py", env_id, name, seed, flags, wraps))
+    return jobs
 
 
 def maze_jobs(args: Args) -> list[Job]:
@@ -391,14 +409,21 @@ def return_jobs(args: Args) -> list[Job]:
             jobs += [
                 Job("ppo_lstm.py", env_id, "no velocities", seed, f"{ours} {hide}"),
                 Job("ppo_discrete.py", env_id, "four frames", seed, ours, stacked),
-                Job("RecurrentPPO", env_id, "its zoo's", seed, budget, ("-c", peer)),
+                Job(
+                    "RecurrentPPO",
+                    env_id,
+                    f"its zoo's, {args.units} units",
+                    seed,
+                    f"{budget} --units {args.units}",
+                    ("-c", peer),
+                ),
             ]
     return jobs
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    check_names("--env-ids", args.env_ids, TASKS)
+    check_names("--env-ids", args.env_ids, [*TASKS, MAZE])
     check_names("--only", args.only, ("ppo_lstm.py", "ppo_discrete.py", "RecurrentPPO"))
     if args.work == "speed":
         measure_speed(args)
