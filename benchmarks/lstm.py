@@ -5,6 +5,7 @@
     python benchmarks/lstm.py --work speed             # steps/s at equal settings, in turn
     python benchmarks/lstm.py --work maze              # a cue 20 steps back, and no memory
     python benchmarks/lstm.py --work details           # the maze with one detail changed
+    python benchmarks/lstm.py --work sequences         # three ways to run an LSTM over a rollout
     python benchmarks/lstm.py --work table             # what lstm.csv holds, as the pages have it
 
 Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
@@ -162,7 +163,8 @@ IN_CART_POLE = {"one LSTM for actor and critic": "", "observations not normalise
 class Args:
     """Measure what a memory is worth."""
 
-    work: Literal["returns", "speed", "maze", "details", "table"] = "returns"  # what is measured
+    # What is measured.
+    work: Literal["returns", "speed", "maze", "details", "sequences", "table"] = "returns"
     env_ids: tuple[str, ...] = ()  # of the returns and the details; all of them by default
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     rounds: int = 3  # of the speed: times that each is run
@@ -341,6 +343,59 @@ def measure_speed(args: Args) -> None:
         print(f"{column}: {ours:,.0f} and {theirs:,.0f}, medians: {ours / theirs:.1f} times")
 
 
+# ---- Ways to run an LSTM over rows in which episodes begin --------------------------------------
+
+
+def measure_sequences(rounds: int) -> None:
+    """Print milliseconds of the processor for outputs and gradient of a minibatch, the least."""
+    import torch
+
+    import ppo_lstm
+
+    torch.set_num_threads(1)
+    args = ppo_lstm.Args()
+    T, M, H = args.num_steps, args.num_envs // args.num_minibatches, args.hidden_size
+    envs = ppo_lstm.make_envs(args, 1)
+    agent, size = ppo_lstm.Agent(args, envs), envs.single_observation_space.shape[0]
+    envs.close()
+    obs, state = torch.randn(T, M, size), torch.zeros(4, M, H)
+
+    def by_cells(obs: Any, begins: Any) -> Any:
+        outputs = []
+        for net in (agent.memory.actor, agent.memory.critic):
+            weights, h, c = net._flat_weights, state[0], state[0]
+            for x, new in zip(obs, begins):
+                h, c = (torch.where(new[:, None], 0.0, part) for part in (h, c))
+                h, c = torch._VF.lstm_cell(x, (h, c), *weights)
+                outputs.append(h)
+        return outputs
+
+    def by_stretches(obs: Any, begins: Any) -> Any:
+        """Between two rows in which any episode begins, as a2c-ppo-acktr does."""
+        cuts = [0, *(begins[1:].any(1).nonzero()[:, 0] + 1).tolist(), T]
+        outputs, last = [], state
+        for start, end in zip(cuts, cuts[1:]):
+            last = last * ~begins[start][:, None]
+            output, last = agent.memory(obs[start:end], last)
+            outputs.append(output)
+        return outputs
+
+    ways = {
+        "a loop with cells": by_cells,
+        "stretches between beginnings": by_stretches,
+        "padded sequences": lambda obs, begins: agent.remember(obs, begins, state),
+    }
+    for length in (20, 100, 500):
+        begins = torch.rand(T, M, generator=torch.Generator().manual_seed(0)) < 1.0 / length
+        for name, way in ways.items():
+            times = []
+            for _ in range(10 * rounds):
+                start = time.thread_time()
+                sum(output.square().sum() for output in way(obs, begins)).backward()
+                times.append(time.thread_time() - start)
+            print(f"episodes of {length} steps, {name}: {1e3 * min(times):.1f} ms", flush=True)
+
+
 # ---- Returns -----------------------------------------------------------------------------------
 
 
@@ -427,6 +482,9 @@ def main() -> None:
     check_names("--only", args.only, ("ppo_lstm.py", "ppo_discrete.py", "RecurrentPPO"))
     if args.work == "speed":
         measure_speed(args)
+        return
+    if args.work == "sequences":
+        measure_sequences(args.rounds)
         return
     if args.work == "table":
         print(table())
