@@ -121,7 +121,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     size = envs.single_observation_space.shape[0]
     if not all(0 <= i < size for i in args.hide):
         experiment.refuse(args, envs, f"--hide takes numbers from 0 to {size - 1}")
-    seen = np.float32([i not in args.hide for i in range(size)])
+    seen = np.array([i not in args.hide for i in range(size)], np.float32)
     hide = gym.wrappers.vector.TransformObservation
     return hide(envs, lambda obs: obs * seen) if args.hide else envs
 

@@ -123,7 +123,7 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--draw", "--ranges", "--measure"}
+    flags = {"--only", "--draw", "--ranges", "--measure", "--work"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
@@ -238,6 +238,7 @@ LANGUAGE = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in TINY.items(
 # What is tested elsewhere, or changes nothing and only needs its parts to exist.
 OTHERS = {
     "diff ppo_discrete.py ppo_continuous.py",
+    "diff ppo_discrete.py ppo_lstm.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
     "python benchmarks/gallery.py --ranges",

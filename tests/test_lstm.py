@@ -1,5 +1,6 @@
 """`ppo_lstm.py`: what its memory holds, where it is emptied, and what only a memory can solve."""
 
+import re
 import sys
 
 import gymnasium as gym
@@ -404,3 +405,26 @@ def test_maze_without_a_memory_stays_at_chance(run_dir) -> None:
     flags = MAZE | dict(env_kwargs=("length=2",), total_timesteps=16_384, eval_episodes=100)
     _, results = ppo_discrete.train(quick_args(ppo_discrete, run_dir, **flags))
     assert 0.3 < results["eval_mean"] < 0.7
+
+
+# ---- What the pages say ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_table_of_the_page_is_that_of_the_committed_runs(language: str) -> None:
+    page = (ROOT / "docs" / language / "lstm.md").read_text()
+    pattern = r"<!-- python benchmarks/lstm.py --work table -->\n\n(.*?)\n\n<!-- end -->"
+    assert re.findall(pattern, page, re.DOTALL) == [lstm.table()]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_effects_of_details_of_the_memory_are_those_of_the_committed_runs(language: str) -> None:
+    means: dict[str, list[float]] = {}
+    for row in lstm.read(lstm.RESULTS / "lstm.csv"):
+        if row["env_id"] == lstm.MAZE and row["script"] == "ppo_lstm.py":
+            means.setdefault(row["config"], []).append(float(row["eval_mean"]))
+    page = (ROOT / "docs" / language / "details.md").read_text()
+    found = re.findall(r"\[(\d\.\d\d)\]\(lstm\.md#[^)]*\): ([^|]*) \|", page)
+    assert len(found) == 3 and np.mean(means["default"]) == 1.0
+    for value, config in found:
+        assert value == f"{np.mean(means[config]):.2f}", config
