@@ -105,7 +105,7 @@ class Batch(NamedTuple):
 
     def of(self, envs: Tensor) -> "Batch":
         """Return the minibatch of some environments (M,) of a rollout (detail 35)."""
-        part = {name: x[:, envs] for name, x in self._asdict().items()}
+        part = {name: x[:, envs.to(x.device)] for name, x in self._asdict().items()}
         rows = part["rows"].flatten().nonzero().squeeze(-1).to(self.obs.device)
         flat = {name: x.flatten(0, 1)[rows] for name, x in list(part.items())[4:]}
         return Batch(**{**part, **flat, "rows": rows})
@@ -181,10 +181,10 @@ class Agent(nn.Module):
         starts[0] = True
         number = starts.T.cumsum().reshape(starts.T.shape).T - 1  # (T, N), of the row's sequence
         place = row - np.maximum.accumulate(np.where(starts, row, 0))  # (T, N), of the row in it
-        length, count = place.max() + 1, number.max() + 1
-        first = obs.new_zeros(4, count, state.shape[-1])
+        first = obs.new_zeros(4, number.max() + 1, state.shape[-1])
+        padded = obs.new_zeros(place.max() + 1, number.max() + 1, obs.shape[-1])
+        place, number = torch.as_tensor(np.stack((place, number)), device=obs.device)
         first[:, number[0]] = state * ~begins[0, :, None].to(obs.device)
-        padded = obs.new_zeros(length, count, obs.shape[-1])
         padded[place, number] = obs
         output, _ = self.memory(padded, first)
         return output[place, number].chunk(2, -1)
@@ -203,7 +203,7 @@ class Agent(nn.Module):
             nonlocal state
             if state is None:
                 state = self.kl_coef.new_zeros(4, len(obs), self.memory.actor.hidden_size)
-            state[:, torch.as_tensor(begins)] = 0.0
+            state *= torch.as_tensor(~begins, device=state.device)[:, None]
             row = torch.as_tensor(normalise_obs(obs), device=state.device)[None]
             features, state[:] = self.memory(row, state)
             features = features[0].chunk(2, -1)[0].cpu().numpy()  # the actor's, (N, H)
