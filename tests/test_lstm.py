@@ -413,7 +413,7 @@ def test_maze_without_a_memory_stays_at_chance(run_dir) -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_table_of_the_page_is_that_of_the_committed_runs(language: str) -> None:
     page = (ROOT / "docs" / language / "lstm.md").read_text()
-    pattern = r"<!-- python benchmarks/lstm.py --work table -->\n\n(.*?)\n\n<!-- end -->"
+    pattern = r"<!-- lines of python benchmarks/lstm.py --work table -->\n\n(.*?)\n\n<!-- end -->"
     assert re.findall(pattern, page, re.DOTALL) == [lstm.table()]
 
 
