@@ -20,6 +20,7 @@ from tests.helpers import ROOT, StopAfter, make_agent, parameter_vector, quick_a
 sys.path.append(str(ROOT / "benchmarks"))
 
 import lstm
+from run import wrapped
 
 
 class Counter(gym.Env):
@@ -438,3 +439,44 @@ def test_speeds_of_the_page_are_the_medians_of_the_committed_runs(language: str)
         for name in ("ppo_lstm.py", "RecurrentPPO"):
             median = np.median([float(row[column]) for row in rows if row["contender"] == name])
             assert re.search(rf"(?<![\d,.]){median:,.0f}(?![\d,])", page), (column, name)
+
+
+# ---- What benchmarks/lstm.py changes -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", lstm.CHANGES)
+def test_changes_of_the_benchmark_change_what_is_learned(run_dir, name: str) -> None:
+    learned = []
+    for changes in ({}, lstm.CHANGES[name]):
+        with wrapped(ppo_lstm, changes):
+            args = quick_args(ppo_lstm, run_dir / str(len(learned)), **COUNTER, update_epochs=1)
+            agent, _ = train(args, on_iteration=StopAfter(2))
+        learned.append(parameter_vector(agent))
+    shared = name == "one LSTM for actor and critic"
+    assert (len(learned[0]) > len(learned[1])) == shared
+    assert shared or not torch.equal(*learned)
+
+
+def test_four_frames_without_velocities_are_what_the_benchmark_gives_to_ppo_discrete() -> None:
+    with wrapped(ppo_discrete, lstm.STACKED):
+        envs = ppo_discrete.make_envs(ppo_discrete.Args(), 2)
+        obs, _ = envs.reset(seed=1)
+        after, *_ = envs.step(np.zeros(2, int))
+        envs.close()
+    assert obs.shape == after.shape == (2, 16)
+    assert not after[:, 1::2].any() and after[:, ::2].all()
+    np.testing.assert_array_equal(after[:, :12], obs[:, 4:])
+    assert not np.array_equal(after[:, 12:], obs[:, 12:])
+
+
+def test_right_turn_at_the_end_of_the_maze_pays() -> None:
+    env = lstm.TMaze(length=20)
+    for seed in range(8):
+        obs, _ = env.reset(seed=seed)
+        right, rows = 1 + int(obs[0] > 0), [obs]
+        turn, over = (right if seed < 4 else 3 - right), False
+        while not over:
+            obs, reward, over, *_ = env.step(turn if obs[1] else 0)
+            rows.append(obs)
+        assert reward == float(seed < 4) and len(rows) == 22
+        assert not np.any(rows[1:20]) and rows[20].tolist() == [0.0, 1.0]
