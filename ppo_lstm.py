@@ -139,7 +139,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Memory(nn.Module):
-    """Two LSTMs, the actor's and the critic's: what is worth remembering differs (detail 13)."""
+    """Two LSTMs, the actor's and the critic's, apart as their networks are (detail 13)."""
 
     def __init__(self, *sizes: int):
         super().__init__()
