@@ -4,7 +4,7 @@
 # ///
 """PPO with a memory (LSTM) and discrete actions, in one file that reads from top to bottom.
 
-    python ppo_lstm.py --hide 1 3    # CartPole without its velocities
+    python ppo_lstm.py --hide 1 3    # CartPole without its velocities: 495 or more, of 500
 
 Each iteration of `train` has four parts:
     [1] Rollout     the policy plays T steps in each of N environments
@@ -12,7 +12,7 @@ Each iteration of `train` has four parts:
     [3] Update      K epochs of minibatches: clipped surrogate, value loss, entropy bonus
     [4] Log         averages over the iteration
 
-Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch, M in a minibatch,
+Shapes: T num_steps, N num_envs, M of them in a minibatch, D observation size, B transitions,
 P parts of an action (1 unless the space is MultiDiscrete or MultiBinary), A choices of each part,
 H units of an LSTM. The state (4, N, H) is h and c of the actor's, then h and c of the critic's.
 
@@ -343,7 +343,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            # ---- [1] Rollout: T steps in N environments; only the policy runs ------------------
+            # ---- [1] Rollout: T steps in N environments; policy and memory run -----------------
             obs[0], masks[0], done[0] = obs[T], masks[T], done[T]  # where the last rollout ended
             begins[0], first = begins[T], state.clone()  # the update starts from the same state
             policy = agent.policy(state)
