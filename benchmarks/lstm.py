@@ -11,8 +11,8 @@
 Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
 ppo_lstm.py and ppo_discrete.py have their defaults, the latter on the last four observations.
 RecurrentPPO has the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
-for Acrobot those are of the task with its velocities. Its two LSTMs of 256 units want an hour or
-more for each run; --units 64 gives it our size. One line a run goes to results/lstm.csv.
+for Acrobot those are of the task with its velocities. Its two LSTMs have 256 units; --units 64
+gives them the size of ours, and takes less time. One line a run goes to results/lstm.csv.
 
 Speed: the same environments, rollout, minibatches, epochs and network: an LSTM of 64 units each
 for policy and critic, a layer of 64 behind it, ReLU. Every run is a process of its own on one core,
