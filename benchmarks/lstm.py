@@ -413,7 +413,8 @@ def table() -> str:
         "| environment | script | | steps | seeds | likeliest actions | lowest seed | sampled |"
     ]
     lines.append("|---|---|---|---:|---:|---:|---:|---:|")
-    for key, rows in groups.items():
+    env_ids = [env_id for env_id, *_ in groups]
+    for key, rows in sorted(groups.items(), key=lambda group: env_ids.index(group[0][0])):
         likeliest, sampled, steps = (
             np.array([float(row[name]) for row in rows])
             for name in ("eval_mean", "eval_stochastic_mean", "global_step")
