@@ -390,10 +390,12 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
         self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
+        info = info | {"begins": np.ones(self.num_envs, bool)}
         return self.as_floats(obs), self.with_masks(info)
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
+        info = info | {"begins": self.done}  # where it was only reset
         rewards = rewards.astype(np.float32)
         if self.any_done:
             rewards[self.done] = 0.0
@@ -769,12 +771,12 @@ class Run:
 
     def first_observations(self, agent: Any) -> np.ndarray:
         """Return what an untrained agent sees in 256 steps, (B, D), for the first statistics."""
-        rng, rows = np.random.default_rng(self.eval_seed), []
+        rng, rows, policy = np.random.default_rng(self.eval_seed), [], agent.policy()
         obs, info = self.envs.reset(seed=self.env_seed)
         for _ in range(max(1, 256 // self.args.num_envs)):
             self.check_finite(obs)
             rows.append(obs[~self.envs.done])
-            obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng))
+            obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng, policy))
         self.global_step += sum(gather(sum(map(len, rows))))
         return np.concatenate(rows)
 

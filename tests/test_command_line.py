@@ -20,9 +20,10 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_lstm
 from tests.helpers import ROOT, StopAfter, quick_args, read_metrics, run_main
 
-SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari]
+SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari, ppo_lstm]
 QUICK = "--total-timesteps 1024 --eval-episodes 2"
 
 WRONG = {  # flags -> what the message must say

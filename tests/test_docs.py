@@ -21,6 +21,7 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_lstm
 import ppo_rlhf_toy
 from benchmarks import pitfalls
 from benchmarks.jobs import RESULTS, read
@@ -31,7 +32,7 @@ from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
-SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_rlhf_toy)
+SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_lstm, ppo_rlhf_toy)
 lines = runpy.run_path(str(DOCS / "lines.py"))
 # Flags of a run of ppo_rlhf_toy.py that takes some seconds.
 TINY = dict(
@@ -122,7 +123,7 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef"}
+    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef", "--work"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
@@ -240,6 +241,7 @@ OTHERS = {
     "mkdir mine && cp *.py docs/recipes/*.* mine && cd mine",
     "python ppo_discrete.py --env-id CartPole-v1 --seed 2",
     "diff ppo_discrete.py ppo_continuous.py",
+    "diff ppo_discrete.py ppo_lstm.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
     'pip install -c constraints.txt -e ".[benchmark,mujoco,box2d,atari]"',

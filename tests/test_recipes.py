@@ -166,7 +166,7 @@ def test_images_steer_continuous_actions(patched, run_dir, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "patched, best_without, enough",
-    [("four_frames", 2.0, 3.0), ("lstm", 2.0, 3.5)],
+    [("four_frames", 2.0, 3.0)],
     indirect=["patched"],
 )
 def test_what_was_seen_earlier_is_used(patched, best_without, enough, run_dir) -> None:
