@@ -477,7 +477,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one with V within `clip` of its old value.
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
