@@ -1,6 +1,6 @@
 """What a memory is worth: ppo_lstm.py beside sb3-contrib's RecurrentPPO and four stacked frames.
 
-    pip install --no-deps sb3-contrib                  # beside Stable-Baselines3
+    pip install -c constraints.txt -e ".[benchmark]"   # sb3-contrib among others
     python -m benchmarks.lstm                          # returns without velocities, 5 seeds
     python -m benchmarks.lstm --work speed             # steps/s at equal settings, in turn
     python -m benchmarks.lstm --work maze              # a cue 20 steps back, and no memory
