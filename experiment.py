@@ -753,7 +753,7 @@ class Run:
         if is_async and isinstance(error, EOFError | ConnectionError):
             if "multiprocessing" in files_of(error)[-1]:  # raised by a pipe, not by an environment
                 raise UserError("a process of the environments has died") from error
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError | RuntimeError) and " allocate" in str(error):
             raise UserError(f"not enough memory: {error}") from error
         if in_group() and isinstance(error, RuntimeError) and "gloo" in str(error):
             raise UserError(f"another process has ended: {error}") from error

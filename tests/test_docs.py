@@ -123,7 +123,8 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef", "--work"}
+    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef"}
+    flags |= {"--work", "--what"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
