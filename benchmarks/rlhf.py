@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from report import pyplot  # noqa: E402
+from rlhf_optimum import optimum_of  # noqa: E402
 from run import RESULTS, append, commit, python, read, wrapped  # noqa: E402
 
 import ppo_rlhf_toy as rlhf  # noqa: E402
@@ -98,6 +99,7 @@ def train(run: Run, runs: Path) -> Path:
 def line_of(run: Run, folder: Path) -> dict[str, object]:
     """Return the table's line of a finished run."""
     results = json.loads((folder / "results.json").read_text())
+    results["optimum_share"], _ = optimum_of(folder)
     line = {name: results.get(name) for name in MEASURES}
     line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
     errors = [float(row["losses/first_ratio_error"]) for row in read(folder / "metrics.csv")]
@@ -123,9 +125,9 @@ def cache_speed(batch_size: int = 128, length: int = 24, repeats: int = 12) -> l
     task, device = rlhf.TASKS["reviews"], torch.device("cpu")
     rng, generator = rlhf.streams(args, 1, device)
     model = rlhf.make_model(args, task, scalar=False).requires_grad_(False)
-    model.head.bias[rlhf.EOS] = -1e9
+    model.head.bias[task.tokenizer.eos] = -1e9
     texts = task.prompts(batch_size, rng)
-    prompts = rlhf.pad([task.encode(text) for text in texts], True, device)
+    prompts = task.tokenizer.block(map(task.tokenizer.encode, texts), True, device)
     best = [0.0, 0.0]
     for i in range(2 * repeats):  # in turns, so that both meet the same noise
         with wrapped(rlhf, {"Transformer.forward": without_cache} if i % 2 else {}):

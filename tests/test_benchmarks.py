@@ -142,9 +142,8 @@ TINY = ppo_rlhf_toy.Args(
 
 def test_changes_of_the_models_of_rlhf() -> None:
     task, toy = ppo_rlhf_toy.TASKS["reviews"], ppo_rlhf_toy
-    tokens = toy.pad(
-        [task.encode("pool : the pool was good ."), task.encode("pool :")], True, "cpu"
-    )
+    encode, block = task.tokenizer.encode, task.tokenizer.block
+    tokens = block([encode("pool : the pool was good ."), encode("pool :")], True, "cpu")
 
     def ask(name: str) -> list[bool]:
         torch.manual_seed(0)
@@ -153,8 +152,8 @@ def test_changes_of_the_models_of_rlhf() -> None:
             model = toy.make_model(TINY, task, scalar=True)
             torch.nn.init.ones_(model.position.weight[3])
             alone, padded = model(tokens[1:, -2:])[0], model(tokens)[1, -2:]
-            score = toy.read_scores(task, model, ["pool :"], ["good"])
-            read = model(toy.pad([[*task.encode("pool : good"), toy.EOS]], True, "cpu"))[:, -1, 0]
+            score = toy.read_scores(TINY, task, model, ["pool :"], ["good"])
+            read = model(block([[*encode("pool : good"), 1]], True, "cpu"))[:, -1, 0]
             again = torch.equal(model(tokens), model(tokens))
             return [again, alone.allclose(padded), score.allclose(read), not model.head.bias.any()]
 
@@ -179,7 +178,7 @@ def test_changes_of_the_loop_of_rlhf(tmp_path: Path) -> None:
     assert rewards[0].kl.equal(-kl[0].result)
     assert [x.shift_mean for x in whitened] == [True, True]  # rewards and advantages
     assert {x.args.temperature for x in generated} == {0.7}
-    mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.EOS
+    mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.Tokenizer.eos
     assert ends.any() and not (mask & ends & (mask.sum(1, keepdim=True) > 1)).any()
     with contextlib.ExitStack() as stack:
         change_script(stack, toy, apart)
