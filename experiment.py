@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -95,9 +96,11 @@ class RunArgs:
         self.check_range("num_threads", 1, 1024)
         self.check_range("checkpoint_every", 1)
         self.check_range("seed", 0, 2**63 - 1)
-        folders = [x for x in (self.run_dir, self.resume, self.evaluate) if x is not None]
-        if self.run_dir == Path() or len(set(folders)) > 1 or (self.resume and self.evaluate):
+        folders = {str(x) for x in (self.run_dir, self.resume, self.evaluate) if x is not None}
+        if self.run_dir == Path() or len(folders) > 1 or (self.resume and self.evaluate):
             raise UserError("--run-dir, --resume and --evaluate: name one folder, in one of them")
+        if not "".join(folders).isprintable():
+            raise UserError(f"{folders}: a folder's name must be printable")
 
     def check_range(self, names: str, low: float, high: float = 1e12) -> None:
         """Raise `UserError` unless each flag named is None or within [low, high]."""
@@ -169,10 +172,10 @@ def start(args: RunArgs) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {error}") from error
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -248,6 +251,19 @@ class SingleEnv(gym.Wrapper):
         for number in SIGNALS if self.in_worker else ():
             signal.signal(number, signal.SIG_IGN)  # the main process shuts the run down
 
+    def call(self, function: Callable, *args: Any, **kwargs: Any) -> tuple:
+        """Call the environment. A worker whose error cannot be pickled would hang for ever."""
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not self.in_worker:
+                raise
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                raise RuntimeError(traceback.format_exc()) from None
+            raise
+
     def move_mask(self, obs: Any, info: dict) -> tuple[Any, dict]:
         if self.in_obs:
             info = info | {"action_mask": obs["action_mask"]}
@@ -260,10 +276,10 @@ class SingleEnv(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         if self.in_worker and seed is not None:
             seed_global_generators(seed)
-        return self.move_mask(*self.env.reset(seed=seed, options=options))
+        return self.move_mask(*self.call(self.env.reset, seed=seed, options=options))
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, reward, terminated, truncated, info = self.call(self.env.step, action)
         obs, info = self.move_mask(obs, info)
         return obs, reward, terminated, truncated, info
 
@@ -324,8 +340,10 @@ def raised_by_gymnasium(error: BaseException, script: str) -> bool:
     """Return whether no code but Gymnasium's and ours took part: then a flag is wrong."""
     while error.__context__ is not None:
         error = error.__context__
-    ours = (__file__, script, "<frozen importlib")
-    return all(x.startswith((*ours, str(Path(gym.__file__).parent))) for x in files_of(error))
+    gymnasium = str(Path(gym.__file__).parent)
+    ours = (__file__, script, "<frozen importlib", importlib.__file__, gymnasium)
+    is_typo = isinstance(error, SyntaxError)  # in a module of the user's, which did not run
+    return not is_typo and all(x.startswith(ours) for x in files_of(error))
 
 
 def refuse(args: EnvArgs, envs: gym.vector.VectorEnv, text: str) -> NoReturn:
@@ -357,6 +375,8 @@ def flatten_observations(
 
     space = envs.single_observation_space
     check(space)
+    if not 0 < gym.spaces.flatdim(space) <= 10**6:
+        refuse(args, envs, f"its observation has {gym.spaces.flatdim(space)} numbers")
     is_flat = isinstance(space, Box) and len(space.shape) == 1
     return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -370,10 +390,12 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
         self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
+        info = info | {"begins": np.ones(self.num_envs, bool)}
         return self.as_floats(obs), self.with_masks(info)
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
+        info = info | {"begins": self.done}  # where it was only reset
         rewards = rewards.astype(np.float32)
         if self.any_done:
             rewards[self.done] = 0.0
@@ -410,6 +432,8 @@ class Choices:
         if not isinstance(space, MultiBinary):
             counts = np.asarray(space.n if isinstance(space, Discrete) else space.nvec)
         counts = counts.reshape(-1, 1)
+        if counts.size * counts.max() > 10**6:
+            raise UserError(f"{space} has too many choices")
         self.shape = (len(counts), int(counts.max()))  # P, A
         self.exists = np.arange(self.shape[1]) < counts  # (P, A): a part may have fewer than A
         self.no_masks = np.where(self.exists, 0.0, -1e9).astype(np.float32)
@@ -423,6 +447,8 @@ class Choices:
         if "action_mask" not in info:
             return self.no_masks
         given, count = info["action_mask"], self.exists.sum()
+        if not isinstance(given, np.ndarray):
+            raise UserError(f"an action_mask must be an array, not a {type(given).__name__}")
         rows = np.broadcast_to(info.get("_action_mask", True), len(given))
         if given.dtype == object:
             rows = rows & [mask is not None for mask in given]
@@ -486,6 +512,12 @@ class Normaliser(nn.Module):
 # ---- Speed -------------------------------------------------------------------------------------
 
 
+def to_device(array: Any, device: torch.device) -> Tensor:
+    """Return an array as a tensor. A GPU fetches it while the CPU goes on."""
+    x = torch.as_tensor(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """Return `net` as it is now, as a function from arrays to arrays.
 
@@ -493,28 +525,31 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     `Linear`, `ReLU` and `Tanh` runs in NumPy. Any other module runs as it is.
     """
 
-    def is_plain(module: nn.Module, kind: type) -> bool:
-        return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    def is_plain(module: nn.Module, *kinds: type) -> bool:
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
+        return type(module) in kinds and not hooks and getattr(module, "bias", 0) is not None
 
+    def torch_forward(x: np.ndarray) -> np.ndarray:
+        device = next((p.device for p in net.parameters()), None)
+        with torch.no_grad():
+            return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
+
+    layers: Any = net if is_plain(net, nn.Sequential) else [net]
+    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
+    parameters = list(net.parameters())
+    if not plain or not parameters:
+        return torch_forward
+    on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
+    arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
     steps: list[Callable] = []
-    for layer in net if is_plain(net, nn.Sequential) else ():
-        if is_plain(layer, nn.Linear) and layer.bias is not None:
-            weight, bias = (p.detach().cpu().numpy().T for p in layer.parameters())
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            weight, bias = (arrays[p].view_as(p).numpy().T for p in layer.parameters())
             steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
-        elif is_plain(layer, nn.ReLU):
-            steps.append(lambda x: np.maximum(x, 0.0))
-        elif is_plain(layer, nn.Tanh):
-            steps.append(np.tanh)
         else:
-            steps.clear()
-            break
-    device = next((p.device for p in net.parameters()), None)
+            steps.append(np.tanh if isinstance(layer, nn.Tanh) else lambda x: np.maximum(x, 0.0))
 
     def forward(x: np.ndarray) -> np.ndarray:
-        if not steps:
-            with torch.no_grad():
-                copy = torch.tensor(x, device=device)  # the module may write on its input
-                return net(copy).cpu().numpy()
         for step in steps:
             x = step(x)
         return x
@@ -555,8 +590,7 @@ def compile_gradient(
         tensors = dict(zip(names, (part.view(shape) for part, shape in parts)))
         return torch.func.functional_call(module, tensors, (batch,))
 
-    mode = "reduce-overhead" if parameters.is_cuda else None  # CUDA graphs
-    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True, mode=mode)
+    compiled = torch.compile(torch.func.grad(loss_of, has_aux=True), dynamic=True)
 
     def fill_gradient(batch: tuple) -> dict[str, Tensor]:
         try:
@@ -564,7 +598,7 @@ def compile_gradient(
         except RuntimeError as error:
             raise UserError(f"--compile: {error}") from error
         parameters.grad.copy_(gradient)
-        return {name: x.clone() for name, x in figures.items()}  # the next call may overwrite them
+        return figures
 
     return fill_gradient
 
@@ -680,8 +714,6 @@ class Run:
 
     def __init__(self, args: Any, on_iteration: Callable | None = None):
         self.args, self.on_iteration = args, on_iteration
-        self.is_first = gc.get_freeze_count() == 0
-        self.spare_the_collector()
         self.device = start(args)
         self.env_seed, _, sample_seed, shuffle_seed, self.eval_seed = split_seed(args.seed)
         self.sampling: Any = np.random.default_rng(sample_seed + rank())
@@ -700,11 +732,6 @@ class Run:
             for number in SIGNALS:
                 self.closing.callback(signal.signal, number, signal.signal(number, self.on_signal))
         return self
-
-    def spare_the_collector(self) -> None:
-        """Freeze the million objects of the libraries, which it need not look at again."""
-        if self.is_first:  # or the garbage of earlier runs would stay as well
-            gc.freeze()
 
     def on_signal(self, number: int, _: Any) -> None:
         """Stop after this iteration, or stop evaluating. A second signal ends the process at once.
@@ -726,6 +753,8 @@ class Run:
         if is_async and isinstance(error, EOFError | ConnectionError):
             if "multiprocessing" in files_of(error)[-1]:  # raised by a pipe, not by an environment
                 raise UserError("a process of the environments has died") from error
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"not enough memory: {error}") from error
         if in_group() and isinstance(error, RuntimeError) and "gloo" in str(error):
             raise UserError(f"another process has ended: {error}") from error
 
@@ -742,12 +771,12 @@ class Run:
 
     def first_observations(self, agent: Any) -> np.ndarray:
         """Return what an untrained agent sees in 256 steps, (B, D), for the first statistics."""
-        rng, rows = np.random.default_rng(self.eval_seed), []
+        rng, rows, policy = np.random.default_rng(self.eval_seed), [], agent.policy()
         obs, info = self.envs.reset(seed=self.env_seed)
         for _ in range(max(1, 256 // self.args.num_envs)):
             self.check_finite(obs)
             rows.append(obs[~self.envs.done])
-            obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng))
+            obs, _, _, _, info = self.envs.step(agent.act(obs, info, rng, policy))
         self.global_step += sum(gather(sum(map(len, rows))))
         return np.concatenate(rows)
 
@@ -772,7 +801,8 @@ class Run:
     def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Open the folder, or take up its checkpoint. Call it once, before the loop."""
         self.agent, self.optimizer, args = agent, optimizer, self.args
-        self.spare_the_collector()  # once more: the optimiser has imported torch._dynamo
+        if gc.get_freeze_count() == 0:
+            gc.freeze()  # a million objects of the libraries, which no collection frees
         with self.file_errors(args.run_dir or args.resume):
             if rank() == 0 and not args.evaluate:
                 self.lock_folder()
@@ -885,8 +915,9 @@ class Run:
             check_same_form({name: getattr(self, name) for name in COUNTERS}, saved["run"], "run")
             vars(self).update(saved["run"])
             numbers = [self.iteration, self.global_step, self.seconds, self.wall_seconds]
-            wrong = not np.isfinite(numbers + self.recent_returns).all() or min(numbers) < 0
-            if wrong or self.global_step >= 2**63 or (self.iteration and not saved["optimizer"]):
+            finite = np.isfinite(numbers + self.recent_returns).all()
+            possible = finite and all(0 <= x < 2**53 for x in numbers)
+            if not possible or (self.iteration and not saved["optimizer"]):
                 raise ValueError("its counters are wrong")
             generators = (self.sampling, self.shuffling)
             for rng, state in zip(generators, saved["rngs"][rank()], strict=True):
@@ -921,7 +952,7 @@ class Run:
         wrong = [name for name, x in means.items() if not math.isfinite(x)]
         if wrong:
             what = f"{wrong[0]} is not finite after step {self.global_step}"
-            raise UserError(f"{what}: lower --learning-rate")
+            raise UserError(f"{what}: lower --learning-rate, or scale observations and rewards")
         return means
 
     def end_iteration(self, metrics: dict[str, float]) -> bool:
@@ -1042,7 +1073,8 @@ class Run:
                 picture(envs, obs)
             except Exception as error:
                 hint = 'pip install "gymnasium[other]" moviepy, on a machine that can draw'
-                raise UserError(f"--capture-video: {error} ({hint})") from error
+                where = files_of(error)[-1]
+                raise UserError(f"--capture-video: {error} in {where} ({hint})") from error
             if agent is not None:
                 frames: list[np.ndarray] = []
                 evaluate(agent, envs, 1, self.eval_seed, None, lambda: len(frames) >= 2_000, frames)
@@ -1156,7 +1188,8 @@ def main(cls: type, train: Callable) -> None:
     try:
         _, results = train(parse(cls))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the training or after it
         sys.exit(128 + signal.SIGINT)

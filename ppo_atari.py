@@ -12,8 +12,8 @@ Each iteration of `train` has four parts:
     [3] Update      K epochs of minibatches: clipped surrogate, value loss, entropy bonus
     [4] Log         averages over the iteration
 
-Shapes: T num_steps, N num_envs, (C, H, W) an image, F its features, B transitions in a batch, M in
-a minibatch, P parts of an action (1 unless the space is MultiDiscrete), A choices of each part.
+Shapes: T num_steps, N num_envs, (C, H, W) an image, F its features, B transitions in a batch or a
+minibatch, P parts of an action (1 if the space is Discrete), A choices of a part (the most of any).
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
@@ -54,14 +54,14 @@ class Args(EnvArgs):
     num_minibatches: int = 4  # Minibatches per pass over the batch.
     gamma: float = 0.99  # Discount factor.
     gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
-    norm_adv: Literal["batch", "minibatch", "none"] = "batch"  # Where advantages are normalised.
+    norm_adv: Literal["batch", "minibatch", "none"] = "batch"  # Rows over which to normalise.
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.1  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = False  # Clip the value loss by clip_coef as well (detail 9).
+    clip_vloss: bool = False  # Clip the change of the value by clip_coef as well (detail 9).
     ent_coef: float = 0.01  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # Ends an update above this KL. With penalty: target KL, 0.01.
+    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     sign_rewards: bool = True  # Learn from the sign of each reward only (detail 19).
     life_loss: bool = True  # In the advantages, a lost life ends the episode (detail 16).
@@ -96,7 +96,7 @@ class Batch(NamedTuple):
 
 
 def prepare(env: Any) -> Any:
-    """Make images four grey frames of 84 x 84 (details 18, 20); stacks of frames stay."""
+    """Make images four grey frames of 84 x 84 (details 18, 20); leave stacks of frames alone."""
     shape = env.observation_space.shape
     if is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
@@ -109,8 +109,8 @@ def prepare(env: Any) -> Any:
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make environments with images of bytes (N, C, H, W) and discrete actions."""
     if args.env_id.startswith("ALE/") and args.vectorization_mode in (None, "vector_entry_point"):
-        kwargs = {"reward_clipping": False, "wrap": None} | kwargs  # true scores: detail 19 is ours
-        kwargs.pop("render_mode", None)  # it cannot render: a video shows what the agent sees
+        kwargs = {"reward_clipping": False, "wrap": None} | kwargs  # --sign-rewards clips instead
+        kwargs.pop("render_mode", None)  # they cannot render: a video shows what the agent sees
     envs = experiment.make_vec(args, num_envs, **{"wrap": prepare, **kwargs})
     space: Any = envs.single_observation_space
     if space.dtype != np.uint8 or not is_image(space.shape, (3,)) or 255 not in space.high:
@@ -118,22 +118,17 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     if not isinstance(envs.single_action_space, Choices.SPACES):
         experiment.refuse(args, envs, f"its actions are {envs.single_action_space}, not discrete")
     if space.shape[2] < space.shape[0]:  # (N, H, W, C)
-        first = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), dtype=space.dtype)
-        move = gym.wrappers.vector.TransformObservation
-        envs = move(envs, lambda x: np.moveaxis(x, -1, 1), single_observation_space=first)
+        moved = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), dtype=space.dtype)
+        transform = gym.wrappers.vector.TransformObservation
+        envs = transform(envs, lambda x: np.moveaxis(x, -1, 1), single_observation_space=moved)
     return envs
 
 
-def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
-    """Return a multilayer perceptron with orthogonal weights and zero biases (detail 2)."""
-    layers: list[Any] = []
-    for size, next_size in zip(sizes, sizes[1:]):
-        layers.append(nn.Linear(size, next_size))
-        nn.init.orthogonal_(layers[-1].weight, math.sqrt(2.0))
-        nn.init.zeros_(layers[-1].bias)
-        layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.Tanh())
-    nn.init.orthogonal_(layers[-2].weight, head_gain)  # the last layer, which has no activation
-    return nn.Sequential(*layers[:-1])
+def orthogonal(layer: Any, gain: float) -> Any:
+    """Return a layer with orthogonal weights and zero biases (detail 2)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class NatureCNN(nn.Sequential):
@@ -146,11 +141,10 @@ class NatureCNN(nn.Sequential):
         size = nn.Sequential(*layers)(torch.zeros(1, *shape)).numel()
         super().__init__(*layers, nn.Linear(size, width), relu)
         for layer in (*layers[:5:2], self[-2]):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
-            nn.init.zeros_(layer.bias)
+            orthogonal(layer, math.sqrt(2.0))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Divide the bytes by 255 (detail 22). With channels last a CPU needs a fifth less time."""
+        """Return features of bytes / 255 (detail 22). Channels last: a fifth faster on a CPU."""
         x = images.contiguous(memory_format=torch.channels_last)
         return super().forward(x.float().div_(255.0))
 
@@ -164,32 +158,34 @@ class Agent(nn.Module):
         self.obs_shape = envs.single_observation_space.shape
         # A network of your own goes here, without dropout: rollout, update and evaluation use it.
         self.trunk = NatureCNN(self.obs_shape, args.hidden_size)
-        heads = args.hidden_size, math.prod(self.choices.shape)
-        self.actor = mlp(*heads, activation="relu", head_gain=0.01)  # almost uniform at first
-        self.critic = mlp(args.hidden_size, 1, activation="relu", head_gain=1.0)
+        num_logits = math.prod(self.choices.shape)
+        # The small gain makes the first policy almost uniform.
+        self.actor = nn.Sequential(orthogonal(nn.Linear(args.hidden_size, num_logits), 0.01))
+        self.critic = nn.Sequential(orthogonal(nn.Linear(args.hidden_size, 1), 1.0))
         self.kl_coef = nn.Buffer(torch.tensor(args.kl_coef))  # beta of PPO-Penalty
 
-    def see(self, obs: np.ndarray) -> np.ndarray:
-        """Return the features (N, F) of images: what the heads take."""
+    def see(self, images: Tensor) -> Tensor:
+        """Return the features (N, F) of images, without gradients, for the actor and the critic."""
         with torch.no_grad():
-            return self.trunk(torch.as_tensor(obs, device=self.kl_coef.device)).cpu().numpy()
+            return self.trunk(images)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy: features (N, F), masks, generator to actions (N, P).
+        """Return the present policy, a function (features (N, F), masks, rng) -> actions (N, P).
 
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
-        forward = experiment.numpy_forward(self.actor)
 
-        def choose(features: np.ndarray, masks: np.ndarray, rng: Any) -> np.ndarray:
-            logits = forward(features).reshape(-1, *self.choices.shape) + masks
+        def choose(features: Tensor, masks: np.ndarray, rng: Any) -> np.ndarray:
+            logits = self.actor(features).detach().cpu().numpy()  # waits for a GPU
+            logits = logits.reshape(-1, *self.choices.shape) + masks
             return (logits if rng is None else logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
         return choose
 
     def act(self, obs: np.ndarray, info: dict, rng: Any = None, policy: Any = None) -> np.ndarray:
         """Return actions for the environment: sampled with a generator, else the most likely."""
-        actions = (policy or self.policy())(self.see(obs), self.choices.masks(info), rng)
+        features = self.see(experiment.to_device(obs, self.kl_coef.device))
+        actions = (policy or self.policy())(features, self.choices.masks(info), rng)
         return self.choices.to_env(actions)
 
     def log_prob_and_entropy(
@@ -231,7 +227,7 @@ def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: Tenso
 
 
 def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
-    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
+    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO section 4)."""
     factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
     kl_coef.mul_(factor).clamp_(1e-6, 1e6)  # at 0 it could never grow back
 
@@ -239,7 +235,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one with V within `clip` of its old value.
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
@@ -252,7 +248,7 @@ def ppo_loss(agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, dict[str, 
     """Return the loss to minimise, PPO's eq. 9 with the sign flipped, and statistics to log."""
     log_probs, entropies, values = agent(batch)
     log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
+    ratio = log_ratio.exp()  # 1, up to rounding, in the first minibatch of an update
     if args.objective == "clip":
         surrogate = clipped_surrogate(ratio, batch.advantages, args.clip_coef)
     else:
@@ -279,7 +275,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if the critic predicts them perfectly."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 
@@ -292,21 +288,22 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
     with experiment.Run(args, on_iteration) as run:
         envs = run.make_envs(make_envs)
         agent = (agent or Agent(args, envs)).to(run.device)
-        parameters = experiment.flatten_parameters(agent)  # all in one vector: faster to update
+        parameters = experiment.flatten_parameters(agent)  # one vector, and one of gradients
         optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
-        tensor = partial(torch.as_tensor, device=run.device)
+        tensor = partial(experiment.to_device, device=run.device)
         T, N, choices = args.num_steps, envs.num_envs, agent.choices
-        obs = np.zeros((T + 1, N, *agent.obs_shape), np.uint8)
+        obs = tensor(np.zeros((T + 1, N, *agent.obs_shape), np.uint8))
+        features = tensor(np.zeros((T + 1, N, args.hidden_size), np.float32))
         masks = np.zeros((T + 1, N, *choices.shape), np.float32)
         done = np.zeros((T + 1, N), bool)  # whether the previous step ended an episode
         actions = np.zeros((T, N, choices.shape[0]), np.int64)
         rewards = np.zeros((T, N), np.float32)
         terminated, life_lost = np.zeros((2, T, N), bool)
-        obs[T], info = envs.reset(seed=run.env_seed)
-        features = np.zeros((T + 1, *agent.see(obs[T]).shape), np.float32)
+        images, info = envs.reset(seed=run.env_seed)
+        obs[T] = tensor(images)
         masks[T] = choices.masks(info)
         lives = info.get("lives", 0)
 
@@ -318,14 +315,15 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             obs[0], masks[0], done[0] = obs[T], masks[T], done[T]  # where the last rollout ended
             policy = agent.policy()
             for t in range(T):
-                features[t] = agent.see(obs[t])  # kept, so that the CNN sees each image once
+                features[t] = agent.see(obs[t])  # kept: the critic needs them in [2]
                 actions[t] = policy(features[t], masks[t], run.sampling)
                 step = envs.step(choices.to_env(actions[t]))
-                obs[t + 1], rewards[t], terminated[t], truncated, info = step
+                images, rewards[t], terminated[t], truncated, info = step
+                obs[t + 1] = tensor(images)
                 masks[t + 1] = choices.masks(info)
                 done[t + 1] = terminated[t] | truncated
                 if args.life_loss:
-                    known, before = info.get("_lives", True), lives  # a gap is not a loss
+                    known, before = info.get("_lives", True), lives  # who reports lives
                     lives = np.where(known, info.get("lives", lives), lives)
                     life_lost[t] = lives < before
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
@@ -333,11 +331,10 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             features[T] = agent.see(obs[T])
 
             # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
-            inputs = tensor(features)  # (T + 1, N, F)
             taken, logit_masks = tensor(actions), tensor(masks[:-1])
             with torch.no_grad():
-                values = agent.critic(inputs).squeeze(-1)  # (T + 1, N)
-                log_probs, _ = agent.log_prob_and_entropy(inputs[:-1], taken, logit_masks)  # (T, N)
+                values = agent.critic(features).squeeze(-1)  # (T + 1, N)
+                log_probs, _ = agent.log_prob_and_entropy(features[:-1], taken, logit_masks)
             # The last observation of an episode has its own row, so V(s') is simply V's next row.
             advantages, returns = gae(
                 rewards=tensor(np.sign(rewards) if args.sign_rewards else rewards),
@@ -348,9 +345,9 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 gamma=args.gamma,
                 gae_lambda=args.gae_lambda,
             )
-            keep = tensor(is_transition)
+            keep = tuple(map(tensor, is_transition.nonzero()))  # indices: a bool mask stalls a GPU
             batch = Batch(
-                obs=tensor(obs[:-1])[keep],
+                obs=obs[:-1][keep],
                 actions=taken[keep],
                 masks=logit_masks[keep],
                 log_probs=log_probs[keep],
@@ -366,7 +363,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             for _ in range(args.update_epochs):
                 order = tensor(run.shuffling.permutation(len(batch.obs)))
                 parts = [x[order].tensor_split(args.num_minibatches) for x in batch]
-                for minibatch in map(Batch, *parts):
+                for minibatch in map(Batch, *parts):  # the i-th part of every field
                     if args.norm_adv == "minibatch":
                         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
                     if args.compile:
@@ -380,11 +377,13 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
                     logged.append(stats | {"grad_norm": grad_norm})
-                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
-                if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
-                    break
+                last_epoch = logged[-args.num_minibatches :]  # the newest policies' statistics
+                if args.objective == "clip" and args.target_kl:
+                    if run.average(last_epoch)["approx_kl"] > args.target_kl:
+                        break
             if args.objective == "penalty":
-                adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
+                kl = run.average(last_epoch)["approx_kl"]
+                adapt_kl_coef(agent.kl_coef, kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
             metrics = run.average(logged)

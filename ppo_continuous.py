@@ -61,20 +61,20 @@ class Args(EnvArgs):
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = True  # Clip the value loss by clip_coef as well (detail 9).
+    clip_vloss: bool = True  # Clip the change of the value by clip_coef as well (detail 9).
     ent_coef: float = 0.0  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # Ends an update above this KL. With penalty: target KL, 0.01.
+    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     norm_obs: bool = True  # Normalise observations by their running mean and std (detail 28).
     clip_obs: float = 10.0  # Normalised observations are clipped to this (detail 29).
     norm_reward: bool = True  # Divide rewards by the std of the discounted return (details 30, 31).
-    # Log std of the first policy. By default noise of length 1 over all A, -ln(max(A, 3)) / 2.
+    # Log std of the first policy. By default -ln(max(A, 3)) / 2: noise of length 1 from A = 3 on.
     log_std_init: float | None = None
     # The log std falls by this, linearly (PPO's table 4). None lets the gradient choose it.
     log_std_fall: float | None = 1.5
-    scale_actions: bool = True  # The policy's [-1, 1] is the whole box: a std means the same.
+    scale_actions: bool = True  # Map the policy's [-1, 1] to the box: one std suits every box.
     squash: bool = False  # Squash actions into their box by tanh instead of clipping them.
     hidden_size: int = 64  # Units in each of the two hidden layers.
     activation: Literal["relu", "tanh"] = "tanh"  # Nonlinearity of the hidden layers.
@@ -114,12 +114,9 @@ class Batch(NamedTuple):
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make environments with observations (N, D) and actions in a box."""
     envs = experiment.make_vec(args, num_envs, **kwargs)
-    space = envs.single_action_space
-    if (
-        not isinstance(space, gym.spaces.Box)
-        or space.dtype.kind != "f"
-        or not math.prod(space.shape)
-    ):
+    space: Any = envs.single_action_space
+    is_box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+    if not is_box or not math.prod(space.shape):
         experiment.refuse(args, envs, f"its actions are {space}: ppo_discrete.py may serve them")
     if args.squash and not space.is_bounded():
         experiment.refuse(args, envs, f"--squash needs bounded actions, these are {space}")
@@ -139,7 +136,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """A Gaussian policy (actor) and the value function (critic), apart (details 13, 23-26)."""
+    """A Gaussian policy (actor) and the value function (critic), separate (details 13, 23-26)."""
 
     def __init__(self, args: Args, envs: Any):
         super().__init__()
@@ -156,14 +153,14 @@ class Agent(nn.Module):
         self.critic = mlp(*sizes, 1, activation=args.activation, head_gain=1.0)
         default = -0.5 * math.log(max(self.num_actions, 3))  # a std of 1 would fill the box
         self.log_std_init = default if args.log_std_init is None else args.log_std_init
-        log_std = torch.full((self.num_actions,), self.log_std_init)  # the same everywhere
+        log_std = torch.full((self.num_actions,), self.log_std_init)  # the same in every state
         self.log_std = nn.Parameter(log_std) if args.log_std_fall is None else nn.Buffer(log_std)
         self.kl_coef = nn.Buffer(torch.tensor(args.kl_coef))  # beta of PPO-Penalty
         self.obs_normaliser = Normaliser(self.obs_shape, args.clip_obs, enabled=args.norm_obs)
         self.reward_scaler = Normaliser((), clip=10.0, shift=False, enabled=args.norm_reward)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy: obs (N, D) and a generator to actions (N, A).
+        """Return a snapshot of the policy, a function (obs (N, D), rng) -> actions (N, A).
 
         mean + std * standard normal noise is a sample; without a generator: the mode.
         """
@@ -191,8 +188,8 @@ class Agent(nn.Module):
     def log_prob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return log pi(a|s) and the entropy of pi(.|s), both (...), for actions (..., A).
 
-        Dimensions are independent: log-probabilities and entropies add (detail 25). With squash it
-        is the density of tanh(actions), but still the entropy of the Gaussian, which has a formula.
+        Dimensions are independent: log-probabilities and entropies add (detail 25). With squash,
+        log pi is that of tanh(actions), but the entropy still the Gaussian's, which has a formula.
         """
         z = (actions - self.actor(obs)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
@@ -228,7 +225,7 @@ def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: Tenso
 
 
 def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
-    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
+    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO section 4)."""
     factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
     kl_coef.mul_(factor).clamp_(1e-6, 1e6)  # at 0 it could never grow back
 
@@ -236,7 +233,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one with V within `clip` of its old value.
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
@@ -249,7 +246,7 @@ def ppo_loss(agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, dict[str, 
     """Return the loss to minimise, PPO's eq. 9 with the sign flipped, and statistics to log."""
     log_probs, entropies, values = agent(batch)
     log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
+    ratio = log_ratio.exp()  # 1, up to rounding, in the first minibatch of an update
     if args.objective == "clip":
         surrogate = clipped_surrogate(ratio, batch.advantages, args.clip_coef)
     else:
@@ -276,7 +273,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if the critic predicts them perfectly."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 
@@ -289,15 +286,15 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
     with experiment.Run(args, on_iteration) as run:
         envs = run.make_envs(make_envs)
         agent = (agent or Agent(args, envs)).to(run.device)
-        parameters = experiment.flatten_parameters(agent)  # all in one vector: faster to update
+        parameters = experiment.flatten_parameters(agent)  # one vector, and one of gradients
         optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
-        tensor = partial(torch.as_tensor, device=run.device)
+        tensor = partial(experiment.to_device, device=run.device)
         T, N = args.num_steps, envs.num_envs
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
-        discounted = np.zeros((T + 1, N))  # return of the episode so far, to scale rewards
+        discounted = np.zeros((T + 1, N))  # sum of past rewards, to scale rewards
         done = np.zeros((T + 1, N), bool)  # whether the previous step ended an episode
         actions = np.zeros((T, N, agent.num_actions), np.float32)
         rewards = np.zeros((T, N), np.float32)
@@ -345,7 +342,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 gamma=args.gamma,
                 gae_lambda=args.gae_lambda,
             )
-            keep = tensor(is_transition)
+            keep = tuple(map(tensor, is_transition.nonzero()))  # indices: a bool mask stalls a GPU
             batch = Batch(
                 obs=inputs[:-1][keep],
                 actions=taken[keep],
@@ -362,7 +359,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             for _ in range(args.update_epochs):
                 order = tensor(run.shuffling.permutation(len(batch.obs)))
                 parts = [x[order].tensor_split(args.num_minibatches) for x in batch]
-                for minibatch in map(Batch, *parts):
+                for minibatch in map(Batch, *parts):  # the i-th part of every field
                     if args.norm_adv == "minibatch":
                         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
                     if args.compile:
@@ -376,11 +373,13 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
                     logged.append(stats | {"grad_norm": grad_norm})
-                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
-                if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
-                    break
+                last_epoch = logged[-args.num_minibatches :]  # the newest policies' statistics
+                if args.objective == "clip" and args.target_kl:
+                    if run.average(last_epoch)["approx_kl"] > args.target_kl:
+                        break
             if args.objective == "penalty":
-                adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
+                kl = run.average(last_epoch)["approx_kl"]
+                adapt_kl_coef(agent.kl_coef, kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
             metrics = run.average(logged)

@@ -12,8 +12,8 @@ Each iteration of `train` has four parts:
     [3] Update      K epochs of minibatches: clipped surrogate, value loss, entropy bonus
     [4] Log         averages over the iteration
 
-Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch, M in a minibatch,
-P parts of an action (1 unless the space is MultiDiscrete or MultiBinary), A choices of each part.
+Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch or a minibatch,
+P parts of an action (1 if the space is Discrete), A choices of a part (the most of any part).
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
@@ -58,11 +58,11 @@ class Args(EnvArgs):
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = False  # Clip the value loss by clip_coef as well (detail 9).
+    clip_vloss: bool = False  # Clip the change of the value by clip_coef as well (detail 9).
     ent_coef: float = 0.01  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # Ends an update above this KL. With penalty: target KL, 0.01.
+    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     norm_obs: bool = False  # Normalise observations by their running mean and std (details 28, 29).
     hidden_size: int = 64  # Units in each of the two hidden layers.
@@ -134,7 +134,7 @@ class Agent(nn.Module):
         self.obs_normaliser = Normaliser(self.obs_shape, clip=10.0, enabled=args.norm_obs)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy: obs (N, D), masks and a generator to actions (N, P).
+        """Return a snapshot of the policy, a function (obs (N, D), masks, rng) -> actions (N, P).
 
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
@@ -189,7 +189,7 @@ def kl_penalised_surrogate(log_ratio: Tensor, advantages: Tensor, kl_coef: Tenso
 
 
 def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
-    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO eq. 8)."""
+    """Double beta, or halve it, if the KL left [target / 1.5, 1.5 target] (PPO section 4)."""
     factor = 2.0 if kl > 1.5 * target_kl else 0.5 if kl < target_kl / 1.5 else 1.0
     kl_coef.mul_(factor).clamp_(1e-6, 1e6)  # at 0 it could never grow back
 
@@ -197,7 +197,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one with V within `clip` of its old value.
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
@@ -210,7 +210,7 @@ def ppo_loss(agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, dict[str, 
     """Return the loss to minimise, PPO's eq. 9 with the sign flipped, and statistics to log."""
     log_probs, entropies, values = agent(batch)
     log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
+    ratio = log_ratio.exp()  # 1, up to rounding, in the first minibatch of an update
     if args.objective == "clip":
         surrogate = clipped_surrogate(ratio, batch.advantages, args.clip_coef)
     else:
@@ -237,7 +237,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if the critic predicts them perfectly."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 
@@ -250,12 +250,12 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
     with experiment.Run(args, on_iteration) as run:
         envs = run.make_envs(make_envs)
         agent = (agent or Agent(args, envs)).to(run.device)
-        parameters = experiment.flatten_parameters(agent)  # all in one vector: faster to update
+        parameters = experiment.flatten_parameters(agent)  # one vector, and one of gradients
         optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
-        tensor = partial(torch.as_tensor, device=run.device)
+        tensor = partial(experiment.to_device, device=run.device)
         T, N, choices = args.num_steps, envs.num_envs, agent.choices
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
         masks = np.zeros((T + 1, N, *choices.shape), np.float32)
@@ -302,7 +302,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 gamma=args.gamma,
                 gae_lambda=args.gae_lambda,
             )
-            keep = tensor(is_transition)
+            keep = tuple(map(tensor, is_transition.nonzero()))  # indices: a bool mask stalls a GPU
             batch = Batch(
                 obs=inputs[:-1][keep],
                 actions=taken[keep],
@@ -320,7 +320,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             for _ in range(args.update_epochs):
                 order = tensor(run.shuffling.permutation(len(batch.obs)))
                 parts = [x[order].tensor_split(args.num_minibatches) for x in batch]
-                for minibatch in map(Batch, *parts):
+                for minibatch in map(Batch, *parts):  # the i-th part of every field
                     if args.norm_adv == "minibatch":
                         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
                     if args.compile:
@@ -334,11 +334,13 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()
                     logged.append(stats | {"grad_norm": grad_norm})
-                epoch_kl = run.average(logged[-args.num_minibatches :])["approx_kl"]
-                if args.objective == "clip" and args.target_kl and epoch_kl > args.target_kl:
-                    break
+                last_epoch = logged[-args.num_minibatches :]  # the newest policies' statistics
+                if args.objective == "clip" and args.target_kl:
+                    if run.average(last_epoch)["approx_kl"] > args.target_kl:
+                        break
             if args.objective == "penalty":
-                adapt_kl_coef(agent.kl_coef, epoch_kl, args.target_kl or 0.01)
+                kl = run.average(last_epoch)["approx_kl"]
+                adapt_kl_coef(agent.kl_coef, kl, args.target_kl or 0.01)
 
             # ---- [4] Log: means over the iteration ---------------------------------------------
             metrics = run.average(logged)

@@ -1,24 +1,20 @@
 """From the faithful configuration of ppo_continuous.py to its default, one change at a time.
 
-    python benchmarks/ablation.py --processes 2                            # lines of ablation.csv
-    python benchmarks/report.py --table ablation.csv --figure ablation     # the table, the figure
+    python -m benchmarks.ablation --processes 2             # lines of ablation.csv
+    python -m benchmarks.tables --table ablation.csv
+    python -m benchmarks.figures --table ablation.csv
 
-The first lines lead from faithful to the default, whose runs are taken from continuous.csv where
-they stand there. The others lead from faithful to an earlier default of ours, with many more
-changes; "and" keeps those of the lines above. Only the first of them can still be run.
-Runs that stand in the table already are not done again.
+The first lines lead from faithful to the default, whose runs are taken from continuous.csv if they
+are there. The others lead from faithful to an earlier default, with many more changes; "and" keeps
+those of the lines above. Of those only the first can still be run.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks")]
-
-from run import RESULTS, Job, append, read, run_all  # noqa: E402
+from benchmarks.jobs import Shared, append, read
+from benchmarks.run import KEY, Training, train_all
 
 SCRIPT = "ppo_continuous.py"
 FAITHFUL = "--log-std-init 0.0 --log-std-fall None --no-scale-actions"
@@ -40,36 +36,39 @@ FORMER = (  # lines with flags that the script no longer has, each a change more
 
 
 @dataclass
-class Args:
+class Args(Shared):
     """Run the steps from faithful to default."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
     env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Walker2d-v5")
     processes: int = 1  # runs at a time, each on a core of its own
-    quick: bool = False  # Pendulum, 1 seed, 10,000 steps, to results/quick/
+    quick: bool = False  # Pendulum, 1 seed, 10,000 steps
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    seeds, env_ids, more, table = args.seeds, args.env_ids, "", RESULTS / "ablation.csv"
+    seeds, env_ids, more = args.seeds, args.env_ids, ""
     if args.quick:
-        seeds, env_ids, table = (1,), ("Pendulum-v1",), RESULTS / "quick" / "ablation.csv"
-        more = "--total-timesteps 10000"
-    there = {(row["env_id"], row["config"], row["seed"]) for row in read(table)}
-    for row in read(RESULTS / "continuous.csv") if not args.quick else []:
-        wanted = row["env_id"] in env_ids and row["seed"] in map(str, seeds)
-        key = row["env_id"], row["config"], row["seed"]
-        if row["config"] == DEFAULT and wanted and key not in there:
-            append(table, row)
+        seeds, env_ids, more = (1,), ("Pendulum-v1",), "--total-timesteps 10000"
+    table = args.path("ablation.csv")
+    there = {tuple(row[column] for column in KEY) for row in read(table)}
+    for row in read(args.path("continuous.csv")):
+        wanted = row["config"] == DEFAULT and row["env_id"] in env_ids
+        wanted = wanted and row["seed"] in map(str, seeds)
+        key = tuple(row[column] for column in KEY)
+        if wanted and key not in there:
+            append(table, [row])
             there.add(key)
-    jobs = [
-        Job(SCRIPT, env_id, name, seed, f"{more} {flags}".strip())
-        for seed in seeds
-        for env_id in env_ids
-        for name, flags in LINES.items()
-        if (env_id, name, str(seed)) not in there
-    ]
-    run_all(jobs, table, args.processes)
+    trainings = []
+    for seed in seeds:
+        for env_id in env_ids:
+            for name, flags in LINES.items():
+                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with flags of its day
+                    print(f"{SCRIPT} {env_id} {name} {seed}: already in {table}")
+                else:
+                    flags = f"{more} {flags}".strip()
+                    trainings.append(Training(SCRIPT, env_id, name, seed, flags))
+    train_all(trainings, table, args.processes)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
-"""Time `gae` against other forms of it and against torchrl, on one CPU thread.
+"""Other forms of `gae`, and torchrl's: what benchmarks.scaling times, on one CPU thread."""
 
-python benchmarks/advantages.py            # prints a Markdown table, microseconds a call
-"""
-
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from gae import gae
-
-SHAPES = [(128, 4), (2048, 1), (128, 1024), (32, 4096)]
 
 
 def residuals(rewards, values, next_values, terminated, done, gamma, gae_lambda):
@@ -81,44 +75,27 @@ def microseconds(function: Callable[[], object]) -> float:
     return statistics.median(times[5:]) * 1e6
 
 
-def measure(shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
-    """Return the microseconds of each form at each (T, N); all forms must agree."""
-    forms = {
-        "`gae`": lambda *rollout: gae(*rollout)[0],
-        "plain loop": plain_loop,
-        "unbound loop": unbound_loop,
-        "NumPy loop": numpy_loop,
-        "doubling": doubling,
-        "torchrl, vectorised": torchrl_vectorised,
-    }
-    try:
-        import torchrl  # noqa: F401
-    except ImportError:
+FORMS = {
+    "`gae`": lambda *rollout: gae(*rollout)[0],
+    "plain loop": plain_loop,
+    "unbound loop": unbound_loop,
+    "NumPy loop": numpy_loop,
+    "doubling": doubling,
+    "torchrl, vectorised": torchrl_vectorised,
+}
+
+
+def measure(T: int, N: int) -> dict[str, float]:
+    """Return the microseconds of each form at (T, N); all forms must agree."""
+    forms = dict(FORMS)
+    if importlib.util.find_spec("torchrl") is None:
         print('torchrl is left out: pip install -e ".[benchmark]" brings it', file=sys.stderr)
         del forms["torchrl, vectorised"]
-    times = {}
-    for T, N in shapes:
-        rewards, values, next_values = torch.randn(3, T, N)
-        terminated = torch.rand(T, N) < 0.01
-        done = terminated | (torch.rand(T, N) < 0.01)
-        rollout = (rewards, values, next_values, terminated, done, 0.99, 0.95)
-        for form in forms.values():
-            torch.testing.assert_close(form(*rollout), plain_loop(*rollout), rtol=1e-3, atol=1e-4)
-        row = {name: microseconds(partial(form, *rollout)) for name, form in forms.items()}
-        times[f"({T}, {N})"] = row | {"`gae` / best": row["`gae`"] / min(row.values())}
-    return times
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    times = measure(SHAPES)
-    heads = list(next(iter(times.values())))
-    print("| (T, N) |", *(f"{name} |" for name in heads))
-    print("|---|" + "---:|" * len(heads))
-    for shape, row in times.items():
-        *cells, ratio = row.values()
-        print(f"| {shape} |", *(f"{x:,.0f} |" for x in cells), f"{ratio:.2f} |")
-
-
-if __name__ == "__main__":
-    main()
+    rewards, values, next_values = torch.randn(3, T, N)
+    terminated = torch.rand(T, N) < 0.01
+    done = terminated | (torch.rand(T, N) < 0.01)
+    rollout = (rewards, values, next_values, terminated, done, 0.99, 0.95)
+    for form in forms.values():
+        torch.testing.assert_close(form(*rollout), plain_loop(*rollout), rtol=1e-3, atol=1e-4)
+    times = {name: microseconds(partial(form, *rollout)) for name, form in forms.items()}
+    return times | {"`gae` / best": times["`gae`"] / min(times.values())}

@@ -1,24 +1,21 @@
 """Measure what each detail of PPO is worth: one changed at a time, all else the default.
 
-    python benchmarks/details.py --processes 2        # 5 seeds, lines of results/details.csv
-    python benchmarks/report.py --table details.csv --figure details
+    python -m benchmarks.details --processes 2              # 5 seeds, lines of details.csv
+    python -m benchmarks.tables --table details.csv
+    python -m benchmarks.figures --table details.csv
 
-Most changes are flags. Five details have none, for nobody should switch them off: for those,
-functions of the script are wrapped. Runs that stand in the table already are not done again.
+Most changes are flags. Five details have none, because nobody should switch them off: for those,
+functions of the script are wrapped.
 """
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks")]
-
-from run import RESULTS, Job, check_names, program, run_all  # noqa: E402
+from benchmarks.jobs import Shared, check_names, wrapped_script
+from benchmarks.run import Training, train_all
 
 DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
 BOTH = (DISCRETE, CONTINUOUS)
@@ -90,37 +87,37 @@ WRAPS = {change.name: change.wraps for change in CHANGES}
 
 
 @dataclass
-class Args:
-    """Run the changes."""
+class Args(Shared):
+    """Measure what each detail of PPO is worth."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     processes: int = 1  # runs at a time, each on a core of its own
     env_ids: tuple[str, ...] = ()  # all of them by default
     changes: tuple[str, ...] = ()  # names of the changes, all by default; "default" always runs
-    quick: bool = False  # Acrobot, 2 seeds, 20,000 steps, few changes, to results/quick/
+    quick: bool = False  # Acrobot, 2 seeds, 20,000 steps, few changes
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    seeds, env_ids, names, table = args.seeds, args.env_ids, args.changes, RESULTS / "details.csv"
+    check_names("--changes", args.changes, (change.name for change in CHANGES))
+    env_ids = [env_id for tasks in TASKS.values() for env_id, _ in tasks]
+    check_names("--env-ids", args.env_ids, env_ids)
+    seeds, env_ids, names = args.seeds, args.env_ids or env_ids, args.changes
     if args.quick:
-        seeds, env_ids, table = (1, 2), ("Acrobot-v1",), RESULTS / "quick" / "details.csv"
+        seeds, env_ids = (1, 2), ("Acrobot-v1",)
         names = ("advantages not normalised", "reset rows learned from", "no entropy bonus")
-    check_names("--changes", names, (change.name for change in CHANGES))
-    check_names("--env-ids", env_ids, (env_id for tasks in TASKS.values() for env_id, _ in tasks))
-    jobs = []
-    for seed in seeds:
-        for script, tasks in TASKS.items():
-            for (env_id, steps), change in itertools.product(tasks, CHANGES):
-                wanted = not names or change.name in ("default", *names)
-                wanted = wanted and (not env_ids or env_id in env_ids)
-                if script in change.scripts and wanted:
-                    steps = 20_000 if args.quick else steps
-                    flags = f"--total-timesteps {steps} {EVALUATIONS[script]} {change.flags}"
-                    jobs.append(Job(script, env_id, change.name, seed, flags.strip()))
-                    if change.wraps:
-                        jobs[-1].program = program(script, f"details.WRAPS[{change.name!r}]")
-    run_all(jobs, table, args.processes, curves=False)
+    trainings = []
+    for seed, script in itertools.product(seeds, TASKS):
+        for (env_id, steps), change in itertools.product(TASKS[script], CHANGES):
+            wanted = not names or change.name in ("default", *names)
+            if script not in change.scripts or env_id not in env_ids or not wanted:
+                continue
+            steps = 20_000 if args.quick else steps
+            flags = f"--total-timesteps {steps} {EVALUATIONS[script]} {change.flags}".strip()
+            program = wrapped_script(script, f"details.WRAPS[{change.name!r}]")
+            program = program if change.wraps else ()
+            trainings.append(Training(script, env_id, change.name, seed, flags, program))
+    train_all(trainings, args.path("details.csv"), args.processes, curves=False)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,28 @@
 """Measure what each detail of ppo_rlhf_toy.py is worth: one changed at a time, all else default.
 
-    python benchmarks/rlhf_details.py                 # about an hour on one core, rlhf_details.csv
-    python benchmarks/report.py --table rlhf_details.csv
+    python -m benchmarks.rlhf_details            # about an hour on one core, rlhf_details.csv
+    python -m benchmarks.tables --table rlhf_details.csv
 
 A change of stage 3 starts from the SFT and the reward model of its seed's default run; one of an
 earlier stage makes its own from there on. For what has no flag, functions of the script are
-wrapped. Runs that stand in the table already are not done again; one that fails leaves no line,
-does not stop the others, and makes the exit status 1.
+wrapped.
 """
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks")]
-
-from details import Change, fixed  # noqa: E402
-from rlhf import RUNS, Run, line_of, train  # noqa: E402
-from run import RESULTS, append, check_names, program, read, wrapped  # noqa: E402
-
-import ppo_rlhf_toy as toy  # noqa: E402
-
-TABLE = RESULTS / "rlhf_details.csv"
-SCRIPT = "ppo_rlhf_toy.py"
+import ppo_rlhf_toy as toy
+from benchmarks.details import Change, fixed
+from benchmarks.jobs import Job, Shared, check_names, run_jobs, wrapped, wrapped_script
+from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
 
 
 def count_padding(features: Callable, model, tokens, cache=None):
@@ -89,7 +80,7 @@ def dropout(init: Callable, block, *sizes):
 
 
 @dataclass
-class Stage(Change):
+class RlhfChange(Change):
     """A change, and the last model that it takes from the default run."""
 
     scripts: tuple[str, ...] = (SCRIPT,)
@@ -98,76 +89,77 @@ class Stage(Change):
 
 MOVED = {"masked_whiten": fixed(shift_mean=True)}
 CHANGES = [
-    Stage("positions count padding", wraps={"Transformer.features": count_padding}, after=""),
-    Stage("reward model read a token before EOS", wraps={"read_scores": read_early}, after="SFT"),
-    Stage("PyTorch's initial scalar head", wraps={"make_model": default_scalar_head}, after="SFT"),
-    Stage(
+    RlhfChange("positions count padding", wraps={"Transformer.features": count_padding}, after=""),
+    RlhfChange(
+        "reward model read a token before EOS", wraps={"read_scores": read_early}, after="SFT"
+    ),
+    RlhfChange(
+        "PyTorch's initial scalar head", wraps={"make_model": default_scalar_head}, after="SFT"
+    ),
+    RlhfChange(
         "reward model's scores not normalised",
         wraps={"train_reward_model": scores_as_learned},
         after="SFT",
     ),
-    Stage("sampled at temperature 0.7, rated at 1", wraps={"generate": sampled_at_07}),
-    Stage("temperature 0.7", "--temperature 0.7"),
-    Stage("EOS is no action", wraps={"ppo": eos_is_no_action}),
-    Stage("dropout 0.1 in all models", wraps={"Block.__init__": dropout}),
-    Stage("learning rate does not fall", "--no-anneal-lr"),
-    Stage("no warm-up", "--warmup-iterations 1"),
-    Stage("Adam's eps 1e-8", wraps={"torch.optim.Adam.__init__": fixed(eps=1e-8)}),
-    Stage("value model begins as the policy", "--value-init policy"),
-    Stage("value loss not clipped", "--no-clip-vloss"),
-    Stage("no penalty for a missing EOS", "--missing-eos-penalty 0"),
-    Stage("discount 0.95", "--gamma 0.95"),
-    Stage("one epoch, one minibatch", "--update-epochs 1 --num-minibatches 1"),
-    Stage("k2 as the reward", "--kl-estimator k2"),
-    Stage("k3 as the reward", "--kl-estimator k3"),
-    Stage(
+    RlhfChange("sampled at temperature 0.7, rated at 1", wraps={"generate": sampled_at_07}),
+    RlhfChange("temperature 0.7", "--temperature 0.7"),
+    RlhfChange("EOS is no action", wraps={"ppo": eos_is_no_action}),
+    RlhfChange("dropout 0.1 in all models", wraps={"Block.__init__": dropout}),
+    RlhfChange("learning rate does not fall", "--no-anneal-lr"),
+    RlhfChange("no warm-up", "--warmup-iterations 1"),
+    RlhfChange("Adam's eps 1e-8", wraps={"torch.optim.Adam.__init__": fixed(eps=1e-8)}),
+    RlhfChange("value model begins as the policy", "--value-init policy"),
+    RlhfChange("value loss not clipped", "--no-clip-vloss"),
+    RlhfChange("no penalty for a missing EOS", "--missing-eos-penalty 0"),
+    RlhfChange("discount 0.95", "--gamma 0.95"),
+    RlhfChange("one epoch, one minibatch", "--update-epochs 1 --num-minibatches 1"),
+    RlhfChange("k2 as the reward", "--kl-estimator k2"),
+    RlhfChange("k3 as the reward", "--kl-estimator k3"),
+    RlhfChange(
         "sign of the KL turned",
         wraps={"token_rewards": lambda f, scores, kl, *rest: f(scores, -kl, *rest)},
     ),
-    Stage("beta adapted to 2 nats", "--ref-kl-target 2"),
-    Stage("advantages not whitened", wraps={"masked_whiten": lambda _, x, mask, **shift: x}),
-    Stage("rewards whitened", "--whiten-rewards"),
-    Stage("rewards whitened, their mean moved", "--whiten-rewards", MOVED),
-    Stage("one advantage for the whole answer", "--credit response"),
-    Stage("the group's mean for a critic", "--baseline group"),
+    RlhfChange("beta adapted to 2 nats", "--ref-kl-target 2"),
+    RlhfChange("advantages not whitened", wraps={"masked_whiten": lambda _, x, mask, **shift: x}),
+    RlhfChange("rewards whitened", "--whiten-rewards"),
+    RlhfChange("rewards whitened, their mean moved", "--whiten-rewards", MOVED),
+    RlhfChange("one advantage for the whole answer", "--credit response"),
+    RlhfChange("the group's mean for a critic", "--baseline group"),
 ]
 WRAPS = {change.name: change.wraps for change in CHANGES}
 
 
 @dataclass
-class Args:
-    """Run the changes."""
+class Args(Shared):
+    """Measure what each detail of RLHF is worth."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
     changes: tuple[str, ...] = ()  # names of the changes, all by default; "default" always runs
     runs: Path = RUNS  # where the run folders go
 
 
+def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
+    """Return the run of a change."""
+    run = RlhfRun("reviews", seed, change.name, change.flags, after=change.after)
+    if change.wraps:
+        run.program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
+    return run
+
+
+def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
+    """Train and return the table's line, which names the change."""
+    return [{"config": run.name or "default"} | run.line(runs, core)]
+
+
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
-    done, failed = {(row["config"], row["seed"]) for row in read(TABLE)}, False
+    chosen = [x for x in CHANGES if x.name in (args.changes or [x.name])]
+    jobs = []
     for seed in args.seeds:
-        runs = [Run("reviews", seed)]
-        for change in CHANGES:
-            if change.name in (args.changes or [change.name]):
-                runs.append(Run("reviews", seed, change.name, change.flags, after=change.after))
-                if change.wraps:
-                    runs[-1].program = program(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
-        for run in runs:
-            name = run.name or "default"
-            if (name, str(seed)) in done:
-                continue
-            try:
-                line = line_of(run, train(run, args.runs))
-            except subprocess.CalledProcessError as error:
-                failed = True
-                print(f"{name}, seed {seed}: failed with status {error.returncode}", flush=True)
-                continue
-            append(TABLE, {"config": name} | line)
-            print(f"{name}, seed {seed}: gold {line['gold']}", flush=True)
-    if failed:
-        sys.exit(1)
+        for run in [RlhfRun("reviews", seed), *(changed_run(x, seed) for x in chosen)]:
+            jobs.append(Job((run.name or "default", seed), partial(line, run, args.runs)))
+    run_jobs(jobs, args.path("rlhf_details.csv"), ("config", "seed"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """A task of one's own with a network of the size and shape of GPT-2, 124 million weights.
 
-    cd benchmarks
-    python ../ppo_rlhf_toy.py --task rlhf_gpt2:Echo --num-layers 12 --num-heads 12 --d-model 768 ...
+    python ppo_rlhf_toy.py --task benchmarks.rlhf_gpt2:Echo --num-layers 12 --num-heads 12 ...
 
-What it learns is worth nothing; `rlhf_options.py --only memory` measures what it needs.
+What it learns is worth nothing; `benchmarks.rlhf_options --only memory` measures what it needs.
 """
 
 import numpy as np

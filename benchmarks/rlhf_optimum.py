@@ -1,6 +1,6 @@
 """How near a policy of ppo_rlhf_toy.py is to the best one, which is known in closed form.
 
-    python benchmarks/rlhf_optimum.py runs/<folder>    # of a finished run with a fixed beta
+    python -m benchmarks.rlhf_optimum runs/<folder>    # of a finished run with a fixed beta
 
 The best policy for score - beta KL is pi* = pi_ref exp(score / beta) / Z, and its J is
 J* = E_prompt[beta log Z], Z = E_ref[exp(score / beta)].
@@ -14,11 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-import experiment  # noqa: E402
-import ppo_rlhf_toy as rlhf  # noqa: E402
+import experiment
+import ppo_rlhf_toy as rlhf
 
 
 @torch.no_grad()

@@ -1,33 +1,25 @@
 """Measure the options of ppo_rlhf_toy.py that other libraries name, and its memory at GPT-2's size.
 
-    python benchmarks/rlhf_options.py                # half an hour on one core, rlhf_options.csv
-    python benchmarks/rlhf_options.py --only table   # print the table of the page
-    python benchmarks/rlhf_options.py --only memory  # one iteration at the size of GPT-2
+    python -m benchmarks.rlhf_options                # half an hour on one core, rlhf_options.csv
+    python -m benchmarks.rlhf_options --only table   # print the table of the page
+    python -m benchmarks.rlhf_options --only memory  # one iteration at the size of GPT-2
 
-An option starts from the SFT and the reward model of its seed's default run. Runs that stand in the
-table are not done again. Seconds are those of the CPU, so that a busy machine does not matter.
+An option starts from the SFT and the reward model of its seed's default run.
 """
 
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks.jobs import ROOT, Job, Shared, launch, read, run_jobs
+from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
+from benchmarks.rlhf_optimum import optimum_of
 
-from rlhf import RUNS, Run, line_of, train  # noqa: E402
-from rlhf_optimum import optimum_of  # noqa: E402
-from run import RESULTS, append, read  # noqa: E402
-
-TABLE = RESULTS / "rlhf_options.csv"
 GROUP = "--baseline group --no-whiten-advantages --group-advantage"
 OPTIONS = {
     "group whitened": "--baseline group",
@@ -40,38 +32,42 @@ OPTIONS = {
     "clip-higher 0.28": "--clip-coef-high 0.28",
     "value head on the policy": "--share-trunk",
 }
-ARITHMETIC = {"group whitened": OPTIONS["group whitened"]}
 
 
 @dataclass
-class Args:
-    """Run the options."""
+class Args(Shared):
+    """Measure the options of RLHF."""
 
     seeds: tuple[int, ...] = (200, 201, 202, 203)  # of reviews
-    more_seeds: tuple[int, ...] = (204,)  # of the defaults alone
     arithmetic_seeds: tuple[int, ...] = (200, 201, 202)
     runs: Path = RUNS  # where the run folders go
-    only: Literal["all", "defaults", "table", "memory"] = "all"
+    only: Literal["all", "table", "memory"] = "all"
 
 
-def wanted(args: Args) -> list[Run]:
-    """Return the runs: the defaults, then all options of one seed after the other."""
-    runs = [Run("reviews", seed) for seed in (*args.seeds, *args.more_seeds)]
+def wanted(args: Args) -> Iterator[RlhfRun]:
+    """Yield the runs, the default of a seed before its options."""
     for seed in args.arithmetic_seeds:
-        runs.append(Run("arithmetic", seed))
-        runs += [Run("arithmetic", seed, k, flags, after="SFT") for k, flags in ARITHMETIC.items()]
-    if args.only == "defaults":
-        return runs
-    return runs + [
-        Run("reviews", seed, name, flags) for seed in args.seeds for name, flags in OPTIONS.items()
-    ]
+        yield RlhfRun("arithmetic", seed)
+        yield RlhfRun("arithmetic", seed, "group whitened", "--baseline group", after="SFT")
+    for seed in args.seeds:
+        yield RlhfRun("reviews", seed)
+        for name, flags in OPTIONS.items():
+            yield RlhfRun("reviews", seed, name, flags)
 
 
-def table() -> str:
+def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
+    """Train and return the table's line, which names the option."""
+    measured = run.line(runs, core)
+    folder = run.train(runs, core).results["run_dir"]  # finished: it is only read
+    _, optimum_kl = optimum_of(Path(folder))
+    return [{"option": run.name or "default"} | measured | {"optimum_kl": optimum_kl}]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
     """Return the means over the seeds, a line an option."""
     columns = {"optimum_kl": "KL to the optimum", "optimum_share": "share of the optimum"}
     columns |= {"gold": "gold", "length": "tokens", "kl": "KL to the reference", "eos_rate": "EOS"}
-    rows = [row for row in read(TABLE) if row["task"] == "reviews"]
+    rows = [row for row in rows if row["task"] == "reviews"]
     lines = [f"| | seeds | {' | '.join(columns.values())} |", "|---" + "|---:" * 7 + "|"]
     for option in dict.fromkeys(row["option"] for row in rows):
         runs = [row for row in rows if row["option"] == option]
@@ -83,44 +79,30 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def memory() -> None:
+def print_memory() -> None:
     """Train one iteration at the size of GPT-2; print the most memory that the process had."""
     flags = "--num-layers 12 --num-heads 12 --d-model 768 --context-size 1024 --max-new-tokens 32"
     flags += " --batch-size 16 --micro-batch-size 4 --num-minibatches 1 --update-epochs 1"
     flags += " --num-iterations 1 --sft-steps 1 --sft-batch-size 4 --eval-prompts 4"
+    flags += " --task benchmarks.rlhf_gpt2:Echo"
     for more in ("--baseline group", "--share-trunk", ""):
-        with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, ROOT / "ppo_rlhf_toy.py", "--task=rlhf_gpt2:Echo"]
-            words += [f"--run-dir={folder}/run", *flags.split(), *more.split()]
-            process = subprocess.Popen(words, cwd=ROOT / "benchmarks", stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"failed: {more}")
-        seconds = usage.ru_utime + usage.ru_stime
-        print(f"{more or 'separate critic'}: {usage.ru_maxrss / 2**20:.2f} GiB, {seconds:.0f} s")
+        run = launch([ROOT / SCRIPT], [*flags.split(), *more.split()])
+        print(f"{more or 'separate critic'}: {run.memory / 1024:.2f} GiB, {run.seconds:.0f} s")
 
 
 def main() -> None:
     args = tyro.cli(Args)
+    table = args.path("rlhf_options.csv")
     if args.only == "memory":
-        memory()
-        return
-    if args.only == "table":
-        print(table())
-        return
-    done = {(row["task"], row["option"], row["seed"]) for row in read(TABLE)}
-    for run in wanted(args):
-        option = run.name or "default"
-        if (run.task, option, str(run.seed)) in done:
-            continue
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        folder = train(run, args.runs)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        line = {"option": option} | line_of(run, folder)
-        _, line["optimum_kl"] = optimum_of(folder)
-        append(TABLE, line | {"cpu_seconds": round(seconds, 1)})
-        print(f"{run.task}, {option}, seed {run.seed}", flush=True)
+        print_memory()
+    elif args.only == "table":
+        print(markdown(read(table)))
+    else:
+        jobs = [
+            Job((run.task, run.name or "default", run.seed), partial(line, run, args.runs))
+            for run in wanted(args)
+        ]
+        run_jobs(jobs, table, ("task", "option", "seed"))
 
 
 if __name__ == "__main__":

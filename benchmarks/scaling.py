@@ -1,15 +1,15 @@
-"""How cost grows and where the time goes: lines of results/scaling.csv.
+"""How cost grows and where the time goes: lines of scaling.csv.
 
-    python benchmarks/scaling.py                              # all, on one core with one thread
-    python benchmarks/scaling.py --parts environments gae
-    python benchmarks/report.py --table scaling.csv --part environments
+    python -m benchmarks.scaling                              # all, on one core with one thread
+    python -m benchmarks.scaling --parts environments gae
+    python -m benchmarks.tables --table scaling.csv --part environments
 
 Parts:
     environments  CartPole over 1 to 4,096 environments: steps/s, seconds an update, and the floor
     profile       microseconds that each part of the loop takes, for each step of an environment
     atari         steps/s of Pong's environments alone, and in the rollout with a policy that costs
                   nothing
-    gae           microseconds of `gae` and of other forms over T and N (benchmarks/advantages.py)
+    gae           microseconds of `gae` and of the other forms in advantages.py over T and N
     rlhf          tokens/s of ppo_rlhf_toy.py's generation over batch and length, with its KV cache
                   and without
 
@@ -20,6 +20,7 @@ rows; the loop leaves those of resets out of the update, one in twenty of CartPo
 
 import ast
 import contextlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -27,40 +28,32 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
 
-if __name__ == "__main__":  # one thread for NumPy's products as well, which asks when imported
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+import ppo_atari
+import ppo_rlhf_toy as toy
+from benchmarks import advantages, jobs
+from benchmarks.jobs import Measurement, Quantities
 
-import gymnasium as gym  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from run import RESULTS, append, check_names, commit, python, read, wrapped  # noqa: E402
-
-import ppo_atari  # noqa: E402
-
-Quantities = dict[tuple[str, str], float]  # (line, column) of the part's table: value
-# The part, the name of a line or column, and the function that measures it.
-Measurement = tuple[str, str, Callable[[], Quantities]]
 PARTS = ("environments", "profile", "atari", "gae", "rlhf")
 
 
 @dataclass
-class Args:
+class Args(jobs.Shared):
     """Measure how cost grows."""
 
     parts: tuple[str, ...] = PARTS  # what to measure
     rounds: int = 5  # times that each measurement is taken; the table shows medians
-    core: int = 0  # the core to stay on
-    quick: bool = False  # 1 round of few sizes, to results/quick/
+    quick: bool = False  # 1 round of few sizes
 
 
 # For glibc's malloc, which else gives tensors of some megabytes back and asks for them again.
@@ -164,7 +157,7 @@ def timed_parts(script: ModuleType, iterations: int, args) -> dict[str, float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
-        wrapped(script, wraps),
+        jobs.wrapped(script, wraps),
     ):
         args.run_dir = Path(folder, "run")
         script.train(args)
@@ -193,7 +186,7 @@ def atari(iterations: int) -> Quantities:
         "Agent.see": lambda _, agent, obs: nothing[: len(obs)],
         "Agent.policy": lambda _, agent: lambda features, *_: still[: len(features)],
     }
-    with wrapped(ppo_atari, free):
+    with jobs.wrapped(ppo_atari, free):
         parts = timed_parts(ppo_atari, iterations, args)
     rollout = args.batch_size / (parts["acting"] + parts["environment"])
 
@@ -228,9 +221,9 @@ def environments(num_envs: int, num_minibatches: int = 4) -> Quantities:
 
 def memory_kept(num_envs: int) -> Quantities:
     """Measure the same where freed memory is kept for the next tensor, not handed back."""
-    code = "import scaling, torch; torch.set_num_threads(1); "
+    code = "import torch; from benchmarks import scaling; torch.set_num_threads(1); "
     code += f"print(repr(scaling.environments({num_envs})))"
-    printed = python("-c", code, **KEEP_MEMORY, PYTHONPATH=str(ROOT / "benchmarks"))
+    printed = jobs.launch(["-c", code], core=0, environment=KEEP_MEMORY).printed
     quantities = ast.literal_eval(printed.splitlines()[-1])
     return {(f"{num_envs:,}, memory kept", name): x for (_, name), x in quantities.items()}
 
@@ -248,10 +241,37 @@ def profile(name: str, script: str, iterations: int, **flags: object) -> Quantit
 
 
 def gae_times(T: int, N: int) -> Quantities:
-    import advantages
+    return {(f"({T}, {N})", form): x for form, x in advantages.measure(T, N).items()}
 
-    times = advantages.measure([(T, N)])
-    return {(case, form): x for case, row in times.items() for form, x in row.items()}
+
+def without_cache(forward: Callable, model, tokens, cache=None):
+    """Let a transformer read all tokens again; of the cache, keep only what they were."""
+    if cache is not None:
+        tokens = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
+    return forward(model, tokens)
+
+
+def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
+    """Return tokens a CPU second of generation with and without the KV cache, the best of some.
+
+    EOS is made improbable, so that all answers are as long as allowed and both do the same work.
+    """
+    torch.set_num_threads(1)
+    args = toy.Args(max_new_tokens=length, context_size=length + 8)
+    task, device = toy.TASKS["reviews"], torch.device("cpu")
+    rng, generator = toy.streams(args, 1, device)
+    model = toy.make_model(args, task, scalar=False).requires_grad_(False)
+    model.head.bias[task.tokenizer.eos] = -1e9
+    texts = task.prompts(batch_size, rng)
+    prompts = task.tokenizer.block(map(task.tokenizer.encode, texts), True, device)
+    best = [0.0, 0.0]
+    for i in range(2 * repeats):  # in turns, so that both meet the same noise
+        with jobs.wrapped(toy, {"Transformer.forward": without_cache} if i % 2 else {}):
+            start = time.process_time()
+            toy.generate(args, model, prompts, generator)
+            rate = batch_size * length / (time.process_time() - start)
+        best[i % 2] = max(best[i % 2], rate)
+    return best
 
 
 def answers(number: int, length: int) -> str:
@@ -259,9 +279,8 @@ def answers(number: int, length: int) -> str:
 
 
 def rlhf_tokens(batch_size: int, length: int) -> Quantities:
-    import rlhf
-
-    cached, uncached = rlhf.cache_speed(batch_size, length, repeats=3)
+    """Measure generation with the KV cache and without."""
+    cached, uncached = cache_speed(batch_size, length)
     case = answers(batch_size, length)
     return {
         (case, "with the cache, tokens/s"): cached,
@@ -270,78 +289,66 @@ def rlhf_tokens(batch_size: int, length: int) -> Quantities:
     }
 
 
+CLEANRL = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
+CLEANRL |= {"activation": "tanh", "clip_vloss": True, "norm_adv": "minibatch"}
+FAITHFUL = {"env_id": "HalfCheetah-v5", "log_std_init": 0.0, "log_std_fall": None}
+FAITHFUL |= {"scale_actions": False}
+PROFILES = {  # script, iterations and arguments
+    "CartPole, CleanRL's settings": ("ppo_discrete.py", 60, CLEANRL),
+    "CartPole, default": ("ppo_discrete.py", 30, {}),
+    "CartPole, 1024 x 16": (
+        "ppo_discrete.py", 20, {"num_envs": 1024, "num_steps": 16, "update_epochs": 4},
+    ),
+    "HalfCheetah, faithful": ("ppo_continuous.py", 6, FAITHFUL),
+    "HalfCheetah, default": ("ppo_continuous.py", 10, {"env_id": "HalfCheetah-v5"}),
+}  # fmt: skip
+
+
 def measurements(args: Args) -> Iterator[Measurement]:
-    """Yield what is to be measured."""
+    """Yield what is to be measured, of all parts."""
     quick = args.quick
-    sizes = (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096)
-    if "environments" in args.parts:
-        for N in sizes:
-            yield "environments", f"{N:,}", partial(environments, N)
-        for N in () if quick else (1024, 4096):  # minibatches of as many rows as those of 256
-            name = f"{N:,}, {N // 64} minibatches"
-            yield "environments", name, partial(environments, N, N // 64)
-        if not quick and sys.platform == "linux":
-            yield "environments", "1,024, memory kept", partial(memory_kept, 1024)
-    if "profile" in args.parts:
-        cleanrl = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
-        cleanrl |= {"activation": "tanh", "clip_vloss": True, "norm_adv": "minibatch"}
-        faithful = {"env_id": "HalfCheetah-v5", "log_std_init": 0.0, "log_std_fall": None}
-        faithful["scale_actions"] = False
-        large = {"num_envs": 1024, "num_steps": 16, "update_epochs": 4}
-        for name, script, iterations, flags in (
-            ("CartPole, CleanRL's settings", "ppo_discrete.py", 60, cleanrl),
-            ("CartPole, default", "ppo_discrete.py", 30, {}),
-            ("CartPole, 1024 x 16", "ppo_discrete.py", 20, large),
-            ("HalfCheetah, faithful", "ppo_continuous.py", 6, faithful),
-            ("HalfCheetah, default", "ppo_continuous.py", 10, {"env_id": "HalfCheetah-v5"}),
-        ):
-            if "HalfCheetah" in name and importlib.util.find_spec("mujoco") is None:
-                print(f"left out: {name}, for MuJoCo is not installed", file=sys.stderr)
-                continue
-            few = max(4, iterations // 10) if quick else iterations
-            yield "profile", name, partial(profile, name, script, few, **flags)
-    if "atari" in args.parts:
-        if importlib.util.find_spec("ale_py") is None:
-            print("left out: Pong, for ale-py is not installed", file=sys.stderr)
-        else:
-            yield "atari", "Pong, 8 environments", partial(atari, 4 if quick else 8)
-    if "gae" in args.parts:
-        for T in (128,) if quick else (32, 128, 512, 2048):
-            for N in (4, 1024) if quick else (1, 4, 64, 1024, 4096):
-                if T * N <= 2**20:
-                    yield "gae", f"({T}, {N})", partial(gae_times, T, N)
-    if "rlhf" in args.parts:
-        for length in (24,) if quick else (24, 64, 128):
-            for batch_size in (8, 128) if quick else (1, 8, 32, 128, 512):
-                name = answers(batch_size, length)
-                yield "rlhf", name, partial(rlhf_tokens, batch_size, length)
+    for N in (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096):
+        yield Measurement("environments", f"{N:,}", "steps/s", partial(environments, N))
+    for N in () if quick else (1024, 4096):  # minibatches of as many rows as those of 256
+        case, measure = f"{N:,}, {N // 64} minibatches", partial(environments, N, N // 64)
+        yield Measurement("environments", case, "steps/s", measure)
+    if not quick and sys.platform == "linux":
+        case, measure = "1,024, memory kept", partial(memory_kept, 1024)
+        yield Measurement("environments", case, "steps/s", measure)
+    for name, (script, iterations, flags) in PROFILES.items():
+        few = max(4, iterations // 10) if quick else iterations
+        yield Measurement("profile", "all", name, partial(profile, name, script, few, **flags))
+    measure = partial(atari, 4 if quick else 8)
+    yield Measurement("atari", "Pong, 8 environments", "rollout, steps/s", measure)
+    for T in (128,) if quick else (32, 128, 512, 2048):
+        for N in (4, 1024) if quick else (1, 4, 64, 1024, 4096):
+            if T * N <= 2**20:
+                yield Measurement("gae", f"({T}, {N})", "`gae`", partial(gae_times, T, N))
+    for length in (24,) if quick else (24, 64, 128):
+        for batch_size in (8, 128) if quick else (1, 8, 32, 128, 512):
+            case, measure = answers(batch_size, length), partial(rlhf_tokens, batch_size, length)
+            yield Measurement("rlhf", case, "times", measure)
 
 
-def take(table: Path, rounds: int, measurements: Callable[[], Iterable[Measurement]]) -> None:
-    """Take all measurements in turn, round after round; what stands in the table is not redone."""
-    done = {
-        (row["part"], row[k], row["round"]) for row in read(table) for k in ("case", "quantity")
-    }
-    for number in range(1, rounds + 1):
-        for part, name, measure in measurements():
-            if (part, name, str(number)) in done:
-                continue
-            quantities = measure()
-            for (case, quantity), value in quantities.items():
-                line = {"part": part, "case": case, "quantity": quantity, "round": number}
-                line |= {"value": f"{value:.5g}", "torch": torch.__version__, "commit": commit()}
-                append(table, line)
-            print(f"{part}, {name}, round {number}", flush=True)
+def can_run(measurement: Measurement) -> bool:
+    """Return whether the simulator that it needs is installed; say which is not."""
+    needed = "ale_py" if measurement.part == "atari" else "gymnasium"
+    needed = "mujoco" if measurement.quantity.startswith("HalfCheetah") else needed
+    there = importlib.util.find_spec(needed) is not None
+    if not there:
+        name = f"{measurement.part}, {measurement.quantity}"
+        print(f"left out: {name}, because {needed} is not installed", file=sys.stderr)
+    return there
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    check_names("--parts", args.parts, PARTS)
+    jobs.check_names("--parts", args.parts, PARTS)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {args.core})
+        os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
-    table = (RESULTS / "quick" if args.quick else RESULTS) / "scaling.csv"
-    take(table, 1 if args.quick else args.rounds, lambda: measurements(args))
+    chosen = [x for x in measurements(args) if x.part in args.parts and can_run(x)]
+    jobs.measure_all(chosen, 1 if args.quick else args.rounds, args.path("scaling.csv"))
 
 
 if __name__ == "__main__":

@@ -1,44 +1,40 @@
 """The same PPO work by us and by the peers: steps per second, time to solve CartPole, memory.
 
-    python benchmarks/speed.py                        # CartPole, eager and compiled
-    python benchmarks/speed.py --work half-cheetah
-    python benchmarks/speed.py --work pong            # beside CleanRL alone
-    python benchmarks/speed.py --work solve           # CartPole solved, from process start
-    python benchmarks/speed.py --threads 2            # any of them on two cores
+    python -m benchmarks.speed                        # CartPole, eager and compiled
+    python -m benchmarks.speed --work half-cheetah
+    python -m benchmarks.speed --work pong            # beside CleanRL alone
+    python -m benchmarks.speed --work solve           # CartPole solved, from process start
+    python -m benchmarks.speed --threads 2            # any of them on two cores
+    python -m benchmarks.tables --table speed.csv --part solve
 
 Measured are those peers that have an environment in --envs, which `benchmarks/peers/install.sh`
 makes; CleanRL, LeanRL and PureJaxRL also need their checkouts: --cleanrl, --leanrl, --purejaxrl
 PATH. Every contender is a process of its own, on one core with one thread, and they run in turn,
-round after round. Two iterations before the timed rounds count what each does: optimiser steps and
+round after round. Two iterations before its first round count what each does: optimiser steps and
 environment steps must be what the settings ask for, or the contender is left out.
 
 Steps per second are rows per wall second from the end of the second iteration to the end of the
 last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes by the
-likeliest actions; the time runs from the start of the process, imports and compilation included,
-without those evaluations, which take place about every 2,000 rows. One line a run goes to
-results/speed.csv; `python benchmarks/report.py --table speed.csv --work solve` prints them.
+most likely actions; the time runs from the start of the process, imports and compilation included,
+without those evaluations, which take place about every 2,000 rows. A run is a line of speed.csv.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-PEERS = ROOT / "benchmarks" / "peers"
-sys.path[:0] = [str(PEERS), str(ROOT / "benchmarks")]
+from benchmarks import jobs
+from benchmarks.jobs import ROOT, Failed, Finished
+from benchmarks.peers.common import SOLVED, Settings
 
-from common import SOLVED, Settings  # noqa: E402
-from run import RESULTS, append, check_names, commit, read  # noqa: E402
+PEERS = ROOT / "benchmarks" / "peers"
 
 CARTPOLE = Settings()  # CleanRL's defaults
 HALF_CHEETAH = Settings(  # CleanRL's defaults
@@ -88,26 +84,10 @@ FLAGS = "env_id total_timesteps seed num_envs num_steps update_epochs num_miniba
 FLAGS += " gamma gae_lambda clip_coef clip_vloss ent_coef vf_coef max_grad_norm"
 BURN_IN = 2  # iterations before steps per second are counted
 LIMIT = 1200  # seconds after which a run is given up
-# The third argument of TransformObservation came with Gymnasium 1.0.
-GYMNASIUM_1 = {"np.clip(obs, -10, 10))": "np.clip(obs, -10, 10), None)"}
-# With PyTorch 2.13 the copy of the agent that acts wants gradients, and LeanRL stops at .numpy().
-NO_GRAD = {
-    f"    {name} = agent_inference.{method}\n": (
-        f"    {name} = torch.no_grad()(agent_inference.{method})\n"
-    )
-    for name, method in (("policy", "get_action_and_value"), ("get_value", "get_value"))
-}
-# So did new names of wrappers, and games have to be registered.
-ATARI = {
-    "import gymnasium as gym\n": "import ale_py\nimport gymnasium as gym\n",
-    "gym.wrappers.GrayScaleObservation(env)": "gym.wrappers.GrayscaleObservation(env)",
-    "gym.wrappers.FrameStack(env, 4)": "gym.wrappers.FrameStackObservation(env, 4)",
-}
-WANDB = "wandb = __import__('types').SimpleNamespace(init=lambda **_: 0, log=lambda *_, **__: 0)"
 
 
 @dataclass
-class Args:
+class Args(jobs.Shared):
     """Measure ourselves and the peers in turn."""
 
     work: Literal["cart-pole", "half-cheetah", "pong", "solve"] = "cart-pole"  # what is to be done
@@ -117,9 +97,8 @@ class Args:
     cleanrl: Path | None = None  # a checkout of CleanRL
     leanrl: Path | None = None  # a checkout of LeanRL
     purejaxrl: Path | None = None  # a checkout of PureJaxRL
-    only: tuple[str, ...] = ()  # contenders whose names begin so, instead of all
-    skip: tuple[str, ...] = ()  # contenders of just these names are left out
-    quick: bool = False  # 1 round of fewer rows, to results/quick/
+    only: tuple[str, ...] = ()  # names of the contenders, by default all that can be run here
+    quick: bool = False  # 1 round of fewer rows
 
 
 @dataclass
@@ -131,26 +110,17 @@ class Contender:
     script: Path
     settings: Settings
     flags: tuple[object, ...] = ()  # after those of the settings
-    patches: dict[str, str] = field(default_factory=dict)  # of the script, in a copy
-    runner: bool = False  # takes the settings as JSON, not as flags
+    as_json: bool = False  # takes the settings as JSON, not as flags
     countable: bool = True  # its steps are Gymnasium's and PyTorch's, and not compiled
     package: str = "torch"  # whose version the table names, beside
     checkout: Path | None = None  # the commit of this folder
     remark: str = ""  # what differs from the settings
 
 
-def patched(source: str, patches: dict[str, str]) -> str:
-    """Return `source` with each key, which must stand there exactly once, made its value."""
-    for old, new in patches.items():
-        if source.count(old) != 1:
-            raise ValueError(f"a patch fits in {source.count(old)} places, not one: {old!r}")
-        source = source.replace(old, new)
-    return source
-
-
-def ours(work: str, settings: Settings) -> list[Contender]:
+def our_contenders(work: str, settings: Settings) -> list[Contender]:
+    """Return our script, and the same compiled."""
     scripts = {"half-cheetah": "ppo_continuous.py", "pong": "ppo_atari.py"}
-    script = ROOT / scripts.get(work, "ppo_discrete.py")
+    name = scripts.get(work, "ppo_discrete.py")
     # Our default normalises advantages over the batch, the peers do it a minibatch at a time.
     flags = ("--norm-adv", "batch" if work == "solve" else "minibatch", "--eval-episodes", 1)
     flags += ("--num-threads", settings.threads)
@@ -163,13 +133,13 @@ def ours(work: str, settings: Settings) -> list[Contender]:
         "half-cheetah": "statistics move once a rollout",
         "pong": "",
     }[work]
-    eager = Contender(script.name, Path(sys.executable), PEERS / "run_ours.py", settings)
-    eager = replace(eager, flags=(*flags, script), checkout=ROOT, remark=remark)
-    name, flags = f"{script.name} --compile", (*flags, "--compile", script)
-    return [eager, replace(eager, name=name, flags=flags, countable=False)]
+    eager = Contender(name, Path(sys.executable), PEERS / "run_ours.py", settings)
+    eager = replace(eager, flags=(*flags, ROOT / name), checkout=ROOT, remark=remark)
+    flags = (*flags, "--compile", ROOT / name)
+    return [eager, replace(eager, name=f"{name} --compile", flags=flags, countable=False)]
 
 
-def packaged(args: Args, settings: Settings) -> list[Contender]:
+def library_contenders(args: Args, settings: Settings) -> list[Contender]:
     """Return the libraries of the registry, by the runners in benchmarks/peers."""
     found = []
     for name, folder, package, remark in (
@@ -179,79 +149,70 @@ def packaged(args: Args, settings: Settings) -> list[Contender]:
         ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
     ):
         python, script = args.envs / folder / "bin" / "python", PEERS / f"run_{folder}.py"
-        found.append(Contender(name, python, script, settings, runner=True))
-        found[-1].package, found[-1].remark = package, remark
+        peer = Contender(name, python, script, settings, as_json=True)
+        found.append(replace(peer, package=package, remark=remark))
     return found
 
 
 def cleanrl(args: Args, settings: Settings) -> Contender:
-    names = {"cart-pole": "ppo.py", "solve": "ppo.py", "pong": "ppo_atari.py"}
-    name = names.get(args.work, "ppo_continuous_action.py")
-    line = '        print("SPS:", int(global_step / (time.time() - start_time)))'
-    policy = "lambda obs: agent.actor(torch.Tensor(obs)).argmax(-1).numpy()"
-    patches = {line: f"{line}\n        common.tick(global_step, {policy})"}
-    python, script = args.envs / "cleanrl" / "bin" / "python", args.cleanrl / "cleanrl" / name
-    patches |= {"half-cheetah": GYMNASIUM_1, "pong": ATARI}.get(args.work, {})
+    names = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}
+    name = names.get(args.work, "ppo.py")
     remark = "" if settings.activation == "tanh" else "tanh"
     if args.work == "pong":
         remark = "no sticky actions"
         settings = replace(settings, env_id="PongNoFrameskip-v4")  # it skips frames by itself
-    found = Contender(f"CleanRL {name}", python, script, settings, (), patches, remark=remark)
-    return replace(found, checkout=args.cleanrl)
+    python, script = args.envs / "cleanrl" / "bin" / "python", PEERS / "run_cleanrl.py"
+    flags = (args.cleanrl / "cleanrl" / name,)
+    peer = Contender(f"CleanRL {name}", python, script, settings, flags)
+    return replace(peer, checkout=args.cleanrl, remark=remark)
 
 
 def leanrl(args: Args, settings: Settings) -> list[Contender]:
     """Return LeanRL's script, and the one that it compiles; it has none for CartPole."""
-    found = []
-    for name, file in (("LeanRL", ""), ("LeanRL, compiled", "_torchcompile")):
-        line = "        if global_step_burnin is not None and iteration % 10 == 0:"
-        patches = {line: f"        common.tick(iteration * args.batch_size)\n{line}"}
-        patches |= {"import wandb": WANDB} | GYMNASIUM_1
-        python = args.envs / "leanrl" / "bin" / "python"
-        script = args.leanrl / "leanrl" / f"ppo_continuous_action{file}.py"
-        patches |= NO_GRAD if file else {}
-        flags = ("--compile",) if file else ()
-        found.append(Contender(name, python, script, settings, flags, patches))
-        found[-1].countable, found[-1].checkout = not file, args.leanrl
-        found[-1].remark = "no TensorBoard"
-    return found
+    python, script = args.envs / "leanrl" / "bin" / "python", PEERS / "run_cleanrl.py"
+    flags = (args.leanrl / "leanrl" / "ppo_continuous_action.py",)
+    eager = Contender("LeanRL", python, script, settings, flags)
+    eager = replace(eager, checkout=args.leanrl, remark="no TensorBoard")
+    flags = ("--compile", args.leanrl / "leanrl" / "ppo_continuous_action_torchcompile.py")
+    return [eager, replace(eager, name="LeanRL, compiled", flags=flags, countable=False)]
 
 
 def purejaxrl(args: Args, settings: Settings) -> Contender:
     python, script = args.envs / "purejaxrl" / "bin" / "python", PEERS / "run_purejaxrl.py"
-    flags = (args.purejaxrl.absolute() / "purejaxrl",)
-    found = Contender("PureJaxRL", python, script, settings, flags, runner=True)
-    found.package, found.checkout, found.countable = "jax", args.purejaxrl, False
-    clipped = "" if settings.clip_vloss else ", value loss clipped"
-    return replace(found, remark=f"environment in JAX, no TensorBoard{clipped}")
+    flags = (args.purejaxrl / "purejaxrl",)
+    peer = Contender("PureJaxRL", python, script, settings, flags, as_json=True, countable=False)
+    remark = "environment in JAX, no TensorBoard"
+    remark += "" if settings.clip_vloss else ", value loss clipped"
+    return replace(peer, package="jax", checkout=args.purejaxrl, remark=remark)
 
 
 def contenders(args: Args) -> list[Contender]:
     """Return all that can be run here; say which cannot."""
     works = {"cart-pole": CARTPOLE, "half-cheetah": HALF_CHEETAH, "pong": PONG, "solve": SOLVE}
-    settings = works[args.work]
+    settings = replace(works[args.work], threads=args.threads)
     if args.quick and args.work != "solve":
         settings = replace(settings, total_timesteps=max(4096, 4 * settings.batch_size))
-    settings = replace(settings, threads=args.threads)
-    found = ours(args.work, settings)
-    found += packaged(args, settings) if args.work != "pong" else []
-    found += [cleanrl(args, settings)] if args.cleanrl else []
-    found += leanrl(args, settings) if args.leanrl and args.work == "half-cheetah" else []
-    found += (
-        [purejaxrl(args, settings)] if args.purejaxrl and settings.env_id == CARTPOLE.env_id else []
-    )
+    found = our_contenders(args.work, settings)
+    if args.work != "pong":
+        found += library_contenders(args, settings)
+    if args.cleanrl:
+        found.append(cleanrl(args, settings))
+    if args.leanrl and args.work == "half-cheetah":
+        found += leanrl(args, settings)
+    if args.purejaxrl and settings.env_id == CARTPOLE.env_id:
+        found.append(purejaxrl(args, settings))
     if args.work == "solve" and not args.quick:  # each with the settings that it comes with, too
-        zoo, its_own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
-        own = packaged(args, zoo)[:1]
-        own += [cleanrl(args, its_own)] if args.cleanrl else []
-        own += [purejaxrl(args, its_own)] if args.purejaxrl else []
-        found += [replace(c, name=f"{c.name}, its own settings") for c in own]
-    check_names("--skip", args.skip, (c.name for c in found))
-    found = [c for c in found if c.name not in args.skip]
+        zoo, own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
+        tuned = library_contenders(args, zoo)[:1]
+        tuned += [cleanrl(args, own)] if args.cleanrl else []
+        tuned += [purejaxrl(args, own)] if args.purejaxrl else []
+        found += [replace(c, name=f"{c.name}, its own settings") for c in tuned]
+    jobs.check_names("--only", args.only, (c.name for c in found))
+    found = [c for c in found if c.name in (args.only or [c.name])]
     for contender in [c for c in found if not c.python.exists()]:
         print(f"left out: {contender.name}, for there is no {contender.python}", file=sys.stderr)
         found.remove(contender)
-    return [c for c in found if not args.only or c.name.startswith(args.only)]
+    return found
 
 
 def flag(name: str, value: object) -> str:
@@ -259,51 +220,24 @@ def flag(name: str, value: object) -> str:
     return f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
-def run(contender: Contender, solve: bool = False, count: bool = False) -> tuple[dict, list[dict]]:
-    """Run it once; return seconds and megabytes of the process, and what it told at each tick."""
-    s = contender.settings
-    with tempfile.TemporaryDirectory() as folder:
-        script = contender.script
-        if contender.patches:
-            script = Path(folder, script.name)
-            source = patched(contender.script.read_text(), contender.patches)
-            script.write_text(f"import common\n{source}")
-        if contender.runner:
-            words = [json.dumps(asdict(s))]
-        else:
-            words = [flag(name.replace("_", "-"), getattr(s, name)) for name in FLAGS.split()]
-        cores = ",".join(map(str, range(s.threads)))
-        pin = ["taskset", "-c", cores] if shutil.which("taskset") else []
-        command = [*pin, contender.python.absolute(), script, *words, *contender.flags]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(s.threads),
-            "OPENBLAS_NUM_THREADS": str(s.threads),
-            "PYTHONPATH": os.pathsep.join(map(str, (PEERS, ROOT, contender.checkout or ""))),
-            # Nothing that an earlier run compiled.
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
-        }
-        environment |= {"BENCHMARK_SOLVE": "1"} if solve else {}
-        environment |= {"BENCHMARK_COUNT": "1"} if count else {}
-        out, err = Path(folder, "out"), Path(folder, "err")
-        with open(out, "w") as stdout, open(err, "w") as stderr:
-            start = time.time()
-            process = subprocess.Popen(
-                list(map(str, command)), cwd=folder, env=environment, stdout=stdout, stderr=stderr
-            )
-            alarm = threading.Timer(LIMIT, process.kill)
-            alarm.start()
-            _, status, usage = os.wait4(process.pid, 0)  # for its own peak of memory
-            alarm.cancel()
-            process.returncode = os.waitstatus_to_exitcode(status)
-            seconds = time.time() - start
-        lines, errors = out.read_text().splitlines(), err.read_text()
-    if process.returncode:
-        raise RuntimeError(
-            f"{contender.name} ended with {process.returncode} after {seconds:.0f} of at most "
-            f"{LIMIT} seconds:\n{errors[-2000:]}"
-        )
-    ticks = [json.loads(line) for line in lines if line.startswith('{"rows"')]
-    return {"start": start, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}, ticks
+def run(contender: Contender, **environment: str) -> tuple[Finished, list[dict]]:
+    """Run it once; return what it left, and what it told at each tick."""
+    settings = asdict(contender.settings)
+    words = [flag(name.replace("_", "-"), settings[name]) for name in FLAGS.split()]
+    words = [json.dumps(settings)] if contender.as_json else words
+    threads = contender.settings.threads
+    environment |= {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    environment["PYTHONPATH"] = ":".join(map(str, (PEERS, ROOT, contender.checkout or "")))
+    finished = jobs.launch(
+        [contender.script],
+        [*words, *contender.flags],
+        core=",".join(map(str, range(threads))),
+        python=contender.python.absolute(),
+        environment=environment,
+        limit=LIMIT,
+    )
+    lines = finished.printed.splitlines()
+    return finished, [json.loads(line) for line in lines if line.startswith('{"rows"')]
 
 
 def check_work(contender: Contender) -> str:
@@ -311,13 +245,13 @@ def check_work(contender: Contender) -> str:
     if not contender.countable:
         return "its steps are compiled and cannot be counted from outside, only its rows"
     s = replace(contender.settings, total_timesteps=2 * contender.settings.batch_size)
-    *_, last = run(replace(contender, settings=s), count=True)[1]
+    *_, last = run(replace(contender, settings=s), BENCHMARK_COUNT="1")[1]
     env_steps, gradient_steps = last["env_steps"], last["gradient_steps"]
     wanted = 2 * s.update_epochs * s.num_minibatches
     # A library that spends a row on the reset steps the environment once less for each episode.
     same = last["rows"] == s.total_timesteps and gradient_steps == wanted
     if not same or not 0.9 * s.total_timesteps <= env_steps <= s.total_timesteps:
-        raise RuntimeError(
+        raise Failed(
             f"{contender.name} did {env_steps} environment steps and {gradient_steps} optimiser "
             f"steps on {last['rows']} rows, where {wanted} on {s.total_timesteps} were asked for"
         )
@@ -331,30 +265,31 @@ def versions(contender: Contender) -> str:
     base = [] if contender.package in ("torch", "jax") else ["torch"]
     words = [contender.python.absolute(), "-c", code, contender.package, *base]
     text = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
-    return text.strip() + (f", {commit(contender.checkout)}" if contender.checkout else "")
+    return text.strip() + (f", {jobs.commit(contender.checkout)}" if contender.checkout else "")
 
 
-def measure(contender: Contender, args: Args, number: int) -> dict:
+def measure(contender: Contender, work: str, number: int) -> dict:
     """Return the table's line of one run."""
-    settings, at = replace(contender.settings, seed=number), commit()
-    process, ticks = run(replace(contender, settings=settings), solve=args.work == "solve")
+    settings, at = replace(contender.settings, seed=number), jobs.commit()
+    environment = {"BENCHMARK_SOLVE": "1"} if work == "solve" else {}
+    process, ticks = run(replace(contender, settings=settings), **environment)
     first = ticks[BURN_IN - 1] if len(ticks) > 2 else ticks[0]
     rate = (ticks[-1]["rows"] - first["rows"]) / (ticks[-1]["time"] - first["time"])
     solved = ticks[-1].get("score", 0.0) >= SOLVED
     wanted = settings.num_iterations * settings.batch_size
     if ticks[-1]["rows"] != wanted and not solved:
-        raise RuntimeError(f"{contender.name} did {ticks[-1]['rows']} rows, not {wanted}")
+        raise Failed(f"{contender.name} did {ticks[-1]['rows']} rows, not {wanted}")
     return {
-        "work": args.work,
-        "threads": args.threads,
+        "work": work,
+        "threads": settings.threads,
         "contender": contender.name,
         "round": number,
         "rows": ticks[-1]["rows"],
         "steps_per_second": round(rate),
-        "solved_seconds": round(ticks[-1]["time"] - process["start"], 2) if solved else "",
+        "solved_seconds": round(ticks[-1]["time"] - process.started, 2) if solved else "",
         "score": ticks[-1].get("score", ""),  # of the last evaluation
-        "process_seconds": round(process["seconds"], 2),
-        "peak_mb": round(process["peak_mb"]),
+        "process_seconds": round(process.seconds, 2),
+        "peak_mb": round(process.memory),
         "versions": versions(contender),
         "remark": contender.remark,
         # The seed is the round.
@@ -364,40 +299,35 @@ def measure(contender: Contender, args: Args, number: int) -> dict:
     }
 
 
+def runs_in_turn(args: Args) -> Iterator[jobs.Job]:
+    """Yield the runs, round after round. A contender that failed is left out from then on."""
+    found, checked, failed = contenders(args), set(), set()
+
+    def measure_unless_failed(contender: Contender, number: int, core: int) -> list[dict]:
+        if contender.name in failed:
+            raise Failed("left out, because it failed before")
+        failed.add(contender.name)
+        if contender.name not in checked:
+            checked.add(contender.name)
+            print(f"{contender.name}: {check_work(contender)}", flush=True)
+        line = measure(contender, args.work, number)
+        failed.remove(contender.name)
+        return [line]
+
+    for number in range(1, 2 if args.quick else args.rounds + 1):
+        for contender in found:
+            key = (args.work, args.threads, contender.name, number)
+            yield jobs.Job(key, partial(measure_unless_failed, contender, number))
+
+
 def main() -> None:
     args = tyro.cli(Args)
     for name in ("cleanrl", "leanrl", "purejaxrl"):  # contenders run in another folder
         path = getattr(args, name)
         setattr(args, name, path.absolute() if path else None)
-    rounds = 1 if args.quick else args.rounds
-    table = (RESULTS / "quick" if args.quick else RESULTS) / "speed.csv"
-    keys = ("work", "threads", "contender", "round")
-    done = {tuple(row[key] for key in keys) for row in read(table)}
-    found, failed = [], False
-    for contender in contenders(args):
-        try:
-            print(f"{contender.name}: {check_work(contender)}", flush=True)
-            found.append(contender)
-        except RuntimeError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            failed = True
-    for number in range(1, rounds + 1):
-        for contender in list(found):
-            if (args.work, str(args.threads), contender.name, str(number)) in done:
-                continue
-            try:
-                line = measure(contender, args, number)
-            except RuntimeError as error:
-                print(f"left out from now on: {error}", file=sys.stderr)
-                found.remove(contender)
-                failed = True
-                continue
-            append(table, line)
-            text = f"{line['steps_per_second']:,} steps/s"
-            if args.work == "solve":
-                text = f"solved after {line['solved_seconds'] or 'never'} s, {line['rows']:,} rows"
-            print(f"{contender.name}, round {number}: {text}, {line['peak_mb']} MB", flush=True)
-    sys.exit(int(failed))
+    jobs.run_jobs(
+        runs_in_turn(args), args.path("speed.csv"), ("work", "threads", "contender", "round")
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ apart. `tables` rewrites what stands between <!-- table NAME --> and <!-- end --
 import csv
 import functools
 import re
-import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,13 +213,14 @@ def answer_table() -> str:
 
 def tables() -> dict[str, str]:
     """Return the tables that pages hold, by name, from the committed data."""
-    gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
+    from benchmarks import pitfalls
+
     # Over tasks whose rewards differ in size, ranges of these would exclude nothing.
     left_out = tuple(f"| `losses/{x}`" for x in ("value_loss", "grad_norm", "explained_variance"))
-    ranges = [row for row in gallery["ranges"]().split("\n") if not row.startswith(left_out)]
+    ranges = [row for row in pitfalls.ranges().split("\n") if not row.startswith(left_out)]
     return {
         "ranges": "\n".join(ranges),
-        "outcomes": gallery["outcomes"](),
+        "outcomes": pitfalls.outcomes(),
         "answer": answer_table(),
     }
 

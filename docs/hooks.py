@@ -3,7 +3,8 @@
 The pages are Markdown that a code host shows as well, and speak of the code by links only
 (docs/lines.py). Markers right under a heading set that section in two columns: the text on the
 left, those lines of the shipped file on the right. Any other link to code leads to the line in a
-copy of the file on the site. A name, banner or line that has gone fails the build.
+copy of the file on the site. A name, banner or line that has gone fails the build. A link in a
+paragraph of its own to a file of docs/recipes shows that file below it.
 """
 
 import copy
@@ -32,6 +33,7 @@ NO_SPACE = re.compile(
     "(?<=[\u3400-\u9fff])\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])"
     "|(?<=[\u3000-\u303f\uff00-\uffef])\n[ \t]*"
 )
+RECIPE = re.compile(r"^\[`([\w.]+)`\]\(\.\./recipes/\1\)$", re.MULTILINE)
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
 
@@ -64,6 +66,13 @@ def beside(match: re.Match, page: str) -> str:
         f"[`{file}`, {words}]({way}){{ .where }}\n\n"
         f'```python linenums="{first}"\n' + "\n".join(body) + "\n```\n"
     )
+
+
+def with_recipe(match: re.Match) -> str:
+    """Return a link to a recipe, followed by the recipe as a fenced block."""
+    path = ROOT / "docs" / "recipes" / match[1]
+    kind = {".patch": "diff", ".py": "python"}[path.suffix]
+    return f"{match[0]}\n\n```{kind}\n{path.read_text()}```"
 
 
 def in_columns(lines: list[str], page: str) -> list[str]:
@@ -158,6 +167,7 @@ def with_code(markdown: str, name: str) -> str:
             anchor = f"L-{select(path, code[1])[0]}"
         return f"{image}[{text}]({site_path(path, name)}{'#' * bool(anchor)}{anchor})"
 
+    markdown = RECIPE.sub(with_recipe, markdown)
     return "".join(
         part if is_code else LINK.sub(lead, part)
         for part, is_code in parts("\n".join(in_columns(markdown.split("\n"), name)))

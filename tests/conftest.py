@@ -18,7 +18,7 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture(params=["ppo_discrete", "ppo_continuous", "ppo_atari"])
+@pytest.fixture(params=["ppo_discrete", "ppo_continuous", "ppo_atari", "ppo_lstm"])
 def script(request: pytest.FixtureRequest) -> ModuleType:
-    """Each of the three siblings in turn."""
+    """Each of the siblings in turn."""
     return importlib.import_module(request.param)

@@ -488,6 +488,31 @@ class Raises(Identity):
             raise self.error("while closing")
 
 
+class Unpicklable(Exception):
+    """An error that a worker cannot send to the main process, as it is."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} {second}")
+
+
+class RaisesUnpicklable(Identity):
+    """Raises `Unpicklable` in reset or step."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def reset(self, **kwargs):
+        if self.where == "reset":
+            raise Unpicklable("of my", "own")
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        raise Unpicklable("of my", "own")
+
+
+gym.register(id="test/RaisesUnpicklable-v0", entry_point=RaisesUnpicklable)
+
+
 class Drawn(Constant):
     """`Constant` that draws a picture of 16 x 16."""
 
@@ -548,6 +573,40 @@ class MaskedAdditively(Masked):
 
     def step(self, action):
         return *Identity.step(self, action)[:-1], {"action_mask": self.legal()}
+
+
+class NothingToSee(Identity):
+    """Shows an empty vector."""
+
+    observation_space = Box(0.0, 1.0, (0,), np.float32)
+
+    def _observe(self):
+        super()._observe()
+        return np.zeros(0, np.float32)
+
+
+class TooMuchToSee(Identity):
+    """Shows one of 10^9 states, whose one-hot vector fits no memory."""
+
+    observation_space = Discrete(10**9)
+
+
+class TooManyActions(Identity):
+    """Takes one of 10^9 actions."""
+
+    action_space = Discrete(10**9)
+
+
+class MaskOfNames(Identity):
+    """Gives a mask that is no array."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs, info | {"action_mask": {"left": 1, "stay": 0, "right": 1}}
+
+
+for name in ("NothingToSee", "TooMuchToSee", "TooManyActions", "MaskOfNames"):
+    gym.register(id=f"test/{name}-v0", entry_point=globals()[name])
 
 
 class MaskedVector(gym.vector.VectorEnv):
@@ -732,3 +791,20 @@ class VectorFramesLast(gym.vector.SyncVectorEnv):
 gym.register(id="test/FloatFramesLast-v0", entry_point=FloatFramesLast)
 gym.register(id="test/NarrowFrames-v0", entry_point=NarrowFrames)
 gym.register(id="test/VectorFramesLast-v0", vector_entry_point=VectorFramesLast)
+
+
+class Half(Target):
+    """Shows a picture whose left or right half is bright; the action should be -1 or 1."""
+
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+    observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+
+    def _observe(self):
+        side = int(self.np_random.integers(2))
+        self.target = np.float32([2.0 * side - 1.0])
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[:, 32 * side : 32 * side + 32] = 255
+        return picture
+
+
+gym.register(id="test/Half-v0", entry_point=Half)

@@ -28,12 +28,13 @@ QUICK = {
 QUICK["ppo_discrete"] |= dict(num_minibatches=4, eval_episodes=4)
 QUICK["ppo_continuous"] |= dict(num_minibatches=4, eval_episodes=4)
 QUICK["ppo_atari"] |= dict(num_minibatches=4, eval_episodes=2, hidden_size=16)
+QUICK["ppo_lstm"] = QUICK["ppo_discrete"] | dict(hidden_size=16)
 
 
 def quick_args(script: ModuleType, run_dir: Path | None, **changes: Any) -> Any:
     """Return a script's `Args` for a run of about a second, on an environment of tests/envs.py.
 
-    `ppo_discrete` and `ppo_continuous` take 10 iterations of 128 steps, `ppo_atari` 2 of 32.
+    `ppo_atari` takes 2 iterations of 32 steps, the others 10 of 128.
     """
     return script.Args(**(QUICK[script.__name__] | dict(run_dir=run_dir) | changes))
 

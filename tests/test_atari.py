@@ -64,7 +64,7 @@ def test_trunk_divides_bytes_by_255(nature) -> None:
     obs = torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8)
     plain = nn.Sequential(*nature.trunk)(obs / 255.0)
     torch.testing.assert_close(nature.trunk(obs), plain)
-    np.testing.assert_allclose(nature.see(obs.numpy()), plain.detach(), atol=1e-5)
+    np.testing.assert_allclose(nature.see(obs), plain.detach(), atol=1e-5)
     assert 0.1 < plain.std() < 10.0
 
 
@@ -145,7 +145,7 @@ def test_make_envs_with_channels_last_gives_the_agent_the_same_images(env: str) 
     for env_id in ("test/Frames-v0", f"test/{env}-v0"):
         envs = make_envs(Args(env_id=env_id), 5)
         images, _ = envs.reset(seed=0)
-        features.append(make_agent(ppo_atari, env_id=env_id).see(images))
+        features.append(make_agent(ppo_atari, env_id=env_id).see(torch.as_tensor(images)))
     np.testing.assert_allclose(*features, atol=1e-6)
     assert features[0].std(0).max() > 1e-2
 
@@ -208,7 +208,7 @@ def test_train_values_every_image_by_the_trunk_that_played(run_dir, monkeypatch)
     nn.init.normal_(agent.critic[-1].weight)
     playing, args = copy.deepcopy(agent), quick_args(ppo_atari, run_dir)
     train(args, agent, StopAfter(1))
-    images = [torch.as_tensor(call.obs) for call in seen[1 : args.num_steps + 2]]  # after the first
+    images = [call.images for call in seen[: args.num_steps + 1]]
     values = torch.cat([playing.critic(playing.trunk(x)).T for x in images]).detach()
     torch.testing.assert_close(rollouts[0].values, values[:-1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rollouts[0].next_values, values[1:], atol=1e-5, rtol=1e-5)

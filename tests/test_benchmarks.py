@@ -1,11 +1,10 @@
-"""What the figures rest on: the statistics, the changes, and tables that resume."""
+"""What the figures rest on: the statistics, the changes, and tables that can be continued."""
 
+import ast
 import contextlib
-import csv
 import dataclasses
 import functools
-import shutil
-import subprocess
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,29 +17,54 @@ import tyro
 import ppo_continuous
 import ppo_discrete
 import ppo_rlhf_toy
-from tests.helpers import spy
+from benchmarks import (
+    ablation,
+    classic,
+    details,
+    figures,
+    gpu,
+    jobs,
+    overhead,
+    pitfalls,
+    rlhf,
+    rlhf_details,
+    run,
+    scaling,
+    speed,
+    tables,
+)
+from benchmarks.peers import common
+from tests.helpers import ROOT, import_file, spy
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-sys.path.append(str(ROOT / "benchmarks" / "peers"))
 
-import ablation  # noqa: E402
-import classic  # noqa: E402
-import common  # noqa: E402
-import details  # noqa: E402
-import gallery  # noqa: E402
-import report  # noqa: E402
-import rlhf  # noqa: E402
-import rlhf_details  # noqa: E402
-import run  # noqa: E402
-import scaling  # noqa: E402
-import speed  # noqa: E402
+def test_gpu_measures_with_flags_that_exist(monkeypatch) -> None:
+    works = list(gpu.runs(gpu.Args()))
+    assert {part for part, *_ in works} == {"equal", "atari", "width"} and len(works) == 26
+    assert len({work[:4] for work in works}) == len(works)
+    for _, script, flags, device, _ in works:
+        cls = import_file(ROOT / script).Args
+        tyro.cli(cls, args=[*flags.split(), "--device", device]).check()
+
+
+def test_gpu_writes_equal_numbers_and_speeds(tmp_path, monkeypatch) -> None:
+    """On the CPU, with the smallest of its runs."""
+    small = "--total-timesteps 384 --num-envs 4 --num-steps 32 --eval-episodes 1"
+    monkeypatch.setattr(gpu, "FEW", {"ppo_discrete.py": small})
+    runs = gpu.runs
+    ours = lambda args: (run for run in runs(args) if run[0] != "atari")  # noqa: E731
+    monkeypatch.setattr(gpu, "runs", ours)
+    words = ["gpu", "--device", "cpu", "--quick", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu.main()
+    equal, width = jobs.read(tmp_path / "gpu.csv")
+    assert equal["difference"] == "0.0e+00" and equal["device"] == "cpu"
+    assert float(width["steps_per_second"]) > 0.0 and float(width["memory_mb"]) > 50.0
 
 
 def test_iqm_leaves_out_the_lowest_and_the_highest_quarter() -> None:
-    assert report.iqm(np.array([100.0, 1.0, 2.0, 3.0, -50.0, 4.0, 5.0, 0.0])) == 2.5
-    assert report.iqm(np.array([-9.0, 1.0, 2.0, 3.0, 9.0])) == 2.0
-    assert report.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # a quarter of three is none
+    assert tables.iqm(np.array([100.0, 1.0, 2.0, 3.0, -50.0, 4.0, 5.0, 0.0])) == 2.5
+    assert tables.iqm(np.array([-9.0, 1.0, 2.0, 3.0, 9.0])) == 2.0
+    assert tables.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # a quarter of three is none
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -48,29 +72,49 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(400):
-        low, high = report.change_interval(*rng.standard_normal((2, 5)))
+        low, high = tables.change_interval(*rng.standard_normal((2, 5)))
         held += low <= 0.0 <= high
     assert 370 <= held <= 390
 
 
 @pytest.mark.parametrize(("seeds", "share"), [(3, 0.76), (5, 0.89), (10, 0.94)])
 def test_intervals_of_the_iqm_hold_the_truth_less_often_than_they_say(seeds, share) -> None:
-    """What the docstring of report.py says of them."""
+    """What the docstring of tables.py says of them."""
     rng = np.random.default_rng(0)
-    intervals = [report.interval(rng.standard_normal(seeds), 1000) for _ in range(400)]
+    intervals = [tables.interval(rng.standard_normal(seeds), 1000) for _ in range(400)]
     held = np.mean([low <= 0.0 <= high for low, high in intervals])
     assert held == pytest.approx(share, abs=0.04)
 
 
 def test_intervals_of_one_seed_or_of_equal_ones() -> None:
-    assert report.change_interval(np.ones(1), np.zeros(3)) == (-np.inf, np.inf)
-    assert report.change_interval(np.ones(3), np.zeros(3)) == (1.0, 1.0)
+    assert tables.change_interval(np.ones(1), np.zeros(3)) == (-np.inf, np.inf)
+    assert tables.change_interval(np.ones(3), np.zeros(3)) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("source", ["no such line", "twice twice"])
-def test_a_patch_must_fit_exactly_once(source: str) -> None:
-    with pytest.raises(ValueError, match="places, not one"):
-        speed.patched(source, {"twice": "once"})
+def strings_of(path: Path) -> list[str]:
+    """Return the lines of the strings in a file, docstrings included."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    strings = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+    return [line.strip() for string in strings for line in string.splitlines()]
+
+
+def test_no_line_of_a_script_stands_in_a_benchmark() -> None:
+    """Or to reword the line would break the benchmark: it must wrap a function instead."""
+    texts = [path.read_text() for path in ROOT.glob("*.py")]
+    lines = {line.strip() for text in texts for line in text.splitlines()}
+    assert "is_transition = ~done[:-1]" in " ".join(lines)
+    copied = [
+        f"{path.name}: {line}"
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        for line in strings_of(path)
+        if len(line) >= 30 and line in lines
+    ]
+    assert not copied
+
+
+def test_no_benchmark_changes_the_path_of_imports() -> None:
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert "sys.path" not in path.read_text() and "E402" not in path.read_text(), path
 
 
 CHANGES = [*details.CHANGES, *rlhf_details.CHANGES]
@@ -90,7 +134,7 @@ def change_script(stack: contextlib.ExitStack, script: ModuleType, *names: str) 
     """Apply changes to a script until the stack is left."""
     for change in CHANGES:
         if change.name in names and f"{script.__name__}.py" in change.scripts:
-            stack.enter_context(run.wrapped(script, change.wraps))
+            stack.enter_context(jobs.wrapped(script, change.wraps))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +243,7 @@ def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
 def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
     """Optimiser steps, environment steps and rows of two iterations, counted from outside."""
     settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
-    (ours, _) = speed.ours("cart-pole", settings)
+    ours, _ = speed.our_contenders("cart-pole", settings)
     assert speed.check_work(ours) == "8 optimiser steps on 64 rows"
 
 
@@ -208,96 +252,125 @@ def test_other_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = speed.Contender("peer", Path(), Path(), settings)
     done = {"rows": 64, "env_steps": 60, "gradient_steps": 8}
     for wrong in ({}, {"rows": 32}, {"gradient_steps": 4}, {"env_steps": 32}, {"env_steps": 65}):
-        monkeypatch.setattr(speed, "run", lambda *_, wrong=wrong, **__: ({}, [done | wrong]))
+        monkeypatch.setattr(speed, "run", lambda *_, wrong=wrong, **__: (None, [done | wrong]))
         if not wrong:
             assert speed.check_work(peer) == "8 optimiser steps on 64 rows"
         else:
-            with pytest.raises(RuntimeError, match="peer did"):
+            with pytest.raises(jobs.Failed, match="peer did"):
                 speed.check_work(peer)
 
 
-def test_a_table_resumes_and_a_failed_run_leaves_no_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_table_is_continued_and_a_failed_job_leaves_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     ran = []
 
-    def one_run(job: run.Job, core: int, curves: Path | None, runs: Path | None) -> dict:
-        ran.append(job.seed)
-        if job.seed == 2 and ran.count(2) == 1:
-            raise subprocess.CalledProcessError(2, "python")
-        names = ("script", "env_id", "config", "seed")
-        return dict(zip(names, job.key)) | {"eval_mean": 1.0, "flags": job.flags}
+    def measure(seed: int, core: int) -> list[dict]:
+        ran.append(seed)
+        if seed == 2 and ran.count(2) == 1:
+            raise jobs.Failed("it broke")
+        return [{"seed": seed, "flags": "", "core": core}]
 
-    monkeypatch.setattr(run, "one_run", one_run)
     table = tmp_path / "new" / "table.csv"
-    jobs = [run.Job("a.py", "CartPole-v1", "default", seed, "") for seed in (1, 2, 3)]
+    todo = [jobs.Job((seed,), functools.partial(measure, seed), "") for seed in (1, 2, 3)]
     with pytest.raises(SystemExit):
-        run.run_all(jobs, table, 1)
-    assert [row["seed"] for row in run.read(table)] == ["1", "3"]
-    run.run_all(jobs, table, 1)
+        jobs.run_jobs(todo, table, ("seed",))
+    assert [row["seed"] for row in jobs.read(table)] == ["1", "3"]
+    out, err = capsys.readouterr()
+    assert err == "2: it broke\n" and out.count("measured") == 2
+    jobs.run_jobs(todo, table, ("seed",))
     assert ran == [1, 2, 3, 2]
-    assert [row["seed"] for row in run.read(table)] == ["1", "3", "2"]
-    with pytest.raises(SystemExit, match="stands there with ''"):
-        run.run_all([dataclasses.replace(jobs[0], flags="--gamma 0.9")], table, 1)
+    assert [row["seed"] for row in jobs.read(table)] == ["1", "3", "2"]
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{seed}: already in {table}" for seed in (1, 3)
+    ]
+    with pytest.raises(SystemExit, match="was measured with the flags ''"):
+        jobs.run_jobs([dataclasses.replace(todo[0], flags="--gamma 0.9")], table, ("seed",))
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    flags = "--num-envs 2 --num-steps 16 --eval-episodes 1 --checkpoint-every 2"
-    job = run.Job("ppo_discrete.py", "CartPole-v1", "x", 1, flags + " --total-timesteps 320")
-    whole = run.one_run(job, 0, tmp_path / "whole")
+def test_your_own_runs_stay_apart_from_the_committed_ones(tmp_path: Path) -> None:
+    for module in (run, classic, details, ablation, rlhf, rlhf_details, overhead, pitfalls, speed):
+        words = ["--env-ids", "CartPole-v1", "--seeds", "1"] if module is run else []
+        table = tyro.cli(module.Args, args=words).path("runs.csv")
+        assert table == jobs.RESULTS / "own" / "runs.csv", module
+    assert speed.Args(quick=True).path("speed.csv") == jobs.RESULTS / "quick" / "speed.csv"
+    committed = speed.Args(quick=True, results=jobs.RESULTS).path("speed.csv")
+    assert committed == jobs.RESULTS / "speed.csv" and committed.exists()
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"benchmarks/results/own/", "benchmarks/results/quick/"} <= set(ignored)
 
-    folder = tmp_path / "runs" / job.name
-    folder.mkdir(parents=True)
-    (folder / "args.json").touch()  # killed before its first checkpoint: done anew
-    assert run.one_run(job, 0, None, tmp_path / "runs")["global_step"] == whole["global_step"]
 
-    shutil.rmtree(folder)
+QUICK = "--num-envs 2 --num-steps 16 --eval-episodes 1"
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    flags = f"{QUICK} --checkpoint-every 2 --total-timesteps 320"
+    training = run.Training("ppo_discrete.py", "CartPole-v1", "x", 1, flags)
+    (whole,) = training.line(0, tmp_path / "whole")
+    (curve,) = (tmp_path / "whole").glob("ppo_discrete__CartPole-v1__x__1.csv")
+    assert curve.read_text().startswith("global_step,episodic_return\n")
+
+    folder = tmp_path / "runs" / training.name
     args = ppo_discrete.Args(num_envs=2, num_steps=16, eval_episodes=1, total_timesteps=320)
     args.run_dir = folder
     ppo_discrete.train(args, on_iteration=lambda *_: True)  # stops after its first iteration
-    (folder / "origin.txt").write_text(f"{job.flags} at {run.commit()}")
-    begun = run.read(folder / "metrics.csv")
-    line = run.one_run(job, 0, tmp_path / "resumed", tmp_path / "runs")
+    assert jobs.read_run(folder)[0]["stopped"]
+    words = ["--env-id", "CartPole-v1", "--seed", "1", *flags.split()]
+    (folder / "origin.txt").write_text(f"{' '.join(words)} at {jobs.commit()}")
+    begun = jobs.read(folder / "metrics.csv")
+    (line,) = training.line(0, None, tmp_path / "runs")
     assert list(line) == list(whole) and line["process_seconds"] == ""
-    metrics = run.read(folder / "metrics.csv")
+    metrics = jobs.read(folder / "metrics.csv")
     assert len(begun) == 1 and len(metrics) == 10 and metrics[0] == begun[0]
-    other = dataclasses.replace(job, flags=f"{flags} --total-timesteps 640")
-    with pytest.raises(ValueError, match="was begun with"):
-        run.one_run(other, 0, None, tmp_path / "runs")
+    assert training.line(0, None, tmp_path / "runs") == [line]  # it ended, and is not run again
+    assert len(jobs.read(folder / "metrics.csv")) == 10
+    other = dataclasses.replace(training, flags=f"{QUICK} --total-timesteps 640")
+    with pytest.raises(jobs.Failed, match="holds another run than"):
+        other.line(0, None, tmp_path / "runs")
+
+
+def test_a_folder_without_a_checkpoint_is_emptied(tmp_path: Path) -> None:
+    (tmp_path / "args.json").touch()  # killed before its first checkpoint
+    with pytest.raises(jobs.Failed, match="status 2 after"):
+        jobs.launch(["-c", "raise SystemExit(2)"], folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["origin.txt"]
+
+
+def test_a_process_that_lives_too_long_is_killed() -> None:
+    with pytest.raises(jobs.Failed, match="status -9 after"):
+        jobs.launch(["-c", "import time; time.sleep(60)"], limit=0.5)
+    done = jobs.launch(["-c", "print(7)"], limit=60.0)
+    assert done.printed == "7\n" and 0.0 < done.seconds < 60.0 and done.memory > 1.0
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
-    run.append(tmp_path / "t.csv", {"a": 1})
+    jobs.append(tmp_path / "t.csv", [{"a": 1}])
     with pytest.raises(ValueError, match="name another table"):
-        run.append(tmp_path / "t.csv", {"b": 1})
+        jobs.append(tmp_path / "t.csv", [{"b": 1}])
 
 
-def test_tables_of_speed_pair_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_speed_pair_the_rounds(tmp_path: Path) -> None:
     """The ratio is the median over rounds, not the ratio of the medians."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
     rates = {"ppo_discrete.py": (100, 200, 300), "Peer": (10, 40, 100)}
     for name, values in rates.items():
         for number, value in enumerate(values):
             line = {"work": "cart-pole", "threads": 1, "contender": name, "round": number}
             line |= {"steps_per_second": value, "peak_mb": 100, "versions": "1", "remark": ""}
-            run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
-    text = report.markdown(report.Args(table="speed.csv"))
+            jobs.append(tmp_path / "speed.csv", [line | {"settings": SETTINGS}])
+    text = tables.markdown(tables.Args(table="speed.csv", results=tmp_path))
     assert "| Peer | 1 | 40 | 10 - 100 | 5.00x | 100 |  |" in text
     assert "4 environments x 128 steps, 4 epochs x 4 minibatches, tanh 64-64" in text
 
 
-SETTINGS = speed.json.dumps(speed.asdict(common.Settings()))
+SETTINGS = json.dumps(dataclasses.asdict(common.Settings()))
 
 
-def test_solved_counts_the_seeds_that_never_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_solved_counts_the_seeds_that_never_were(tmp_path: Path) -> None:
     for number, value in enumerate(("2.0", "4.0", "")):
         line = {"work": "solve", "threads": 1, "contender": "ppo_x", "round": number, "rows": 9}
         line |= {"solved_seconds": value, "peak_mb": 1, "versions": "1", "remark": ""}
-        run.append(tmp_path / "speed.csv", line | {"settings": SETTINGS})
-    text = report.markdown(report.Args(table="speed.csv", work="solve"))
+        jobs.append(tmp_path / "speed.csv", [line | {"settings": SETTINGS}])
+    text = tables.markdown(tables.Args(table="speed.csv", part="solve", results=tmp_path))
     assert "| ppo_x | 1 | 2 of 3 | 3.0 | 2.0 - 4.0 | 9 | 1 |  |" in text
 
 
@@ -308,9 +381,11 @@ def test_solved_counts_the_seeds_that_never_were(
         (details, "--env-ids Foo", "--env-ids: there is no Foo, but "),
         (details, "--changes Foo", "--changes: there is no Foo, but default, "),
         (rlhf_details, "--changes Foo", "--changes: there is no Foo, but "),
-        (gallery, "--only Foo", "--only: there is no Foo, but "),
+        (pitfalls, "--only Foo", "--only: there is no Foo, but "),
         (scaling, "--parts Foo", "--parts: there is no Foo, but environments, "),
-        (report, "--table foo.csv", "--table foo.csv: benchmarks/results/ has no such table"),
+        (speed, "--only LeanRl", "--only: there is no LeanRl, but ppo_discrete.py, "),
+        (tables, "--table foo.csv", "--table foo.csv: .*results has no such table"),
+        (figures, "--table foo.csv", "name the environments of --curves"),
     ],
 )
 def test_unknown_names_end_with_one_line(
@@ -322,112 +397,101 @@ def test_unknown_names_end_with_one_line(
     assert "\n" not in str(end.value)
 
 
-def test_curves_of_ours_and_of_a_peer_come_from_their_own_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_curves_of_ours_and_of_a_peer_come_from_their_own_files(tmp_path: Path) -> None:
     (tmp_path / "curves").mkdir()
     runs = (("ppo_discrete.py", "default", 7), ("Stable-Baselines3", "its zoo's", 9))
     for script, config, value in runs:
         line = {"script": script, "env_id": "CartPole-v1", "config": config}
-        run.append(tmp_path / "classic.csv", line)
+        jobs.append(tmp_path / "classic.csv", [line])
         name = f"{Path(script).stem}__CartPole-v1__{config}__1.csv"
         text = f"global_step,episodic_return\n0,{value}\n100,{value}\n"
         (tmp_path / "curves" / name).write_text(text)
-    args = report.Args(table="classic.csv", curves=("CartPole-v1",))
-    labels = report.drawn(args, "CartPole-v1")
+    args = figures.Args(table="classic.csv", curves=("CartPole-v1",), results=tmp_path)
+    labels = figures.curves_of(args, "CartPole-v1")
     assert list(labels) == ["ours", "Stable-Baselines3"]
     for pair, (*_, value) in zip(labels.values(), runs):
-        grid, curves = report.seeds_on_a_grid(args, "CartPole-v1", *pair)
+        grid, curves = figures.seeds_on_a_grid(args, "CartPole-v1", *pair)
         assert grid[-1] == 100 and curves.shape == (1, 200) and (curves == value).all()
     with pytest.raises(SystemExit, match=r"there is no curve of ppo_x\.py"):
-        report.seeds_on_a_grid(args, "CartPole-v1", "ppo_x.py", "default")
+        figures.seeds_on_a_grid(args, "CartPole-v1", "ppo_x.py", "default")
     # Where no peer was run, it is the script and the configurations that were asked for.
     args = dataclasses.replace(args, configs=("a", "b"))
-    assert report.drawn(args, "Pendulum-v1") == {c: ("ppo_discrete.py", c) for c in "ab"}
+    assert figures.curves_of(args, "Pendulum-v1") == {c: ("ppo_discrete.py", c) for c in "ab"}
 
 
-def test_what_readme_says_of_the_classic_tasks() -> None:
+def test_readme_claims_match_classic_csv() -> None:
     """Ours end higher on three tasks, by Welch's interval, and alike on two."""
     scores: dict[tuple[str, bool], list[float]] = {}
-    for row in run.read(report.RESULTS / "classic.csv"):
+    for row in jobs.read(jobs.RESULTS / "classic.csv"):
         key = row["env_id"], row["script"] == "Stable-Baselines3"
         scores.setdefault(key, []).append(float(row["eval_mean"]))
     assert {len(x) for x in scores.values()} == {10}
     marks = {
-        env_id: report.mark(*(np.array(scores[env_id, peer]) for peer in (False, True)))
+        env_id: tables.significance(*(np.array(scores[env_id, peer]) for peer in (False, True)))
         for env_id, *_ in classic.TASKS
     }
     higher = {"Acrobot-v1", "MountainCar-v0", "LunarLander-v3"}
     assert marks == {env_id: " ▲" if env_id in higher else "" for env_id in marks}
 
 
-def test_ctrl_c_begins_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_begins_no_other_job(tmp_path: Path) -> None:
     begun = []
 
-    def one_run(job: run.Job, *_: object) -> dict:
-        begun.append(job)
+    def measure(core: int) -> list[dict]:
+        begun.append(core)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "one_run", one_run)
-    jobs = [run.Job("ppo_discrete.py", "CartPole-v1", "default", seed, "") for seed in range(50)]
     with pytest.raises(KeyboardInterrupt):
-        run.run_all(jobs, tmp_path / "runs.csv", 1)
+        jobs.run_jobs([jobs.Job((i,), measure) for i in range(50)], tmp_path / "a.csv", ("i",))
     assert len(begun) < 50
 
 
-def test_a_folder_of_other_flags_is_not_taken_for_the_run(tmp_path: Path) -> None:
-    other = rlhf.Run("reviews", 1, "beta 0.0", "--kl-coef 0.7")
-    folder = tmp_path / other.folder
-    folder.mkdir()
-    (folder / "origin.txt").write_text(f"{' '.join(other.flags)} at {run.commit()}")
-    assert rlhf.train(other, tmp_path) == folder
-    wanted = rlhf.Run("reviews", 1, "beta 0.0", "--kl-coef 0.0 --no-such-flag", after="")
-    with pytest.raises(subprocess.CalledProcessError):
-        rlhf.train(wanted, tmp_path)
-    assert not folder.exists()
-
-
-def test_details_are_marked_beyond_the_noise_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_details_are_marked_beyond_the_noise_only(tmp_path: Path) -> None:
     worse, same = "policy head not small", "PPO-Penalty for PPO-Clip"
     scores = {same: (9, 11, 11, 13), worse: (1, 2, 3), "default": (10, 11, 12)}
-    with open(tmp_path / "details.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("env_id", "config", "seed", "eval_mean"))
-        for config, values in scores.items():
-            writer.writerows(("Hopper-v5", config, seed, x) for seed, x in enumerate(values))
-    lines = report.markdown(report.Args(table="details.csv")).splitlines()[2:]
+    for config, values in scores.items():
+        lines = [{"env_id": "Hopper-v5", "config": config, "eval_mean": x} for x in values]
+        jobs.append(tmp_path / "details.csv", lines)
+    args = tables.Args(table="details.csv", results=tmp_path)
+    lines = tables.markdown(args).splitlines()[2:]
     assert lines[0].startswith("| default |")  # in the order of the changes, not of the file
     assert lines[1] == f"| {worse} | 2.0 (1, 2, 3) ▼ |"
     assert lines[2] == f"| {same} | 11.0 ± 1.4 |"
 
 
-def test_a_measurement_that_stands_in_the_table_is_not_taken_again(tmp_path: Path) -> None:
-    calls = []
+def test_measurements_take_turns_and_are_not_repeated(tmp_path: Path) -> None:
+    calls, table = [], tmp_path / "scaling.csv"
 
-    def measure(name: str) -> scaling.Quantities:
+    def measure(name: str) -> jobs.Quantities:
         calls.append(name)
-        return {(name, "ms"): 0.123456789}
+        return {(name, "other"): 1.0, (name, "ms"): 0.123456789}
 
-    def take(rounds: int, *names: str) -> None:
-        measurements = [("part", name, functools.partial(measure, name)) for name in names]
-        scaling.take(tmp_path / "scaling.csv", rounds, lambda: measurements)
+    def measure_all(rounds: int, *names: str) -> None:
+        chosen = [
+            jobs.Measurement("part", name, "ms", functools.partial(measure, name)) for name in names
+        ]
+        jobs.measure_all(chosen, rounds, table)
 
-    take(1, "a")
-    take(2, "a", "b")
-    take(2, "a", "b")
+    measure_all(1, "a")
+    measure_all(2, "a", "b")
+    measure_all(2, "a", "b")
     assert calls == ["a", "b", "a", "b"]  # rounds are taken in turn
-    lines = run.read(tmp_path / "scaling.csv")
-    assert [(line["case"], line["round"]) for line in lines] == [
-        ("a", "1"),
-        ("b", "1"),
-        ("a", "2"),
-        ("b", "2"),
-    ]
+    lines = [line for line in jobs.read(table) if line["quantity"] == "ms"]
+    found = [(line["case"], line["round"]) for line in lines]
+    assert found == [("a", "1"), ("b", "1"), ("a", "2"), ("b", "2")]
     assert {line["value"] for line in lines} == {"0.12346"}
+
+
+def test_committed_measurements_are_known_as_such() -> None:
+    """Each is in its table under the quantity that says that it was taken."""
+    for table, measurements in (
+        ("scaling.csv", scaling.measurements(scaling.Args())),
+        ("overhead.csv", [*overhead.measurements("gains"), *overhead.measurements("checkpoints")]),
+    ):
+        rows = jobs.read(jobs.RESULTS / table)
+        there = {(row["part"], row["case"], row["quantity"]) for row in rows}
+        for x in measurements:
+            assert (x.part, x.case, x.quantity) in there
 
 
 @pytest.mark.parametrize(
@@ -435,7 +499,7 @@ def test_a_measurement_that_stands_in_the_table_is_not_taken_again(tmp_path: Pat
 )
 def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
     with pytest.raises(SystemExit, match=f"--part: there is no nonsense, but .*{parts}"):
-        report.markdown(report.Args(table=table, part="nonsense"))
+        tables.markdown(tables.Args(table=table, part="nonsense"))
 
 
 @pytest.mark.parametrize(
@@ -443,25 +507,32 @@ def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
     [("reviews", "| seed | beta |"), ("arithmetic", "| seed | sampled accuracy, SFT |")],
 )
 def test_beta_is_a_column_only_where_it_differs(part: str, heads: str) -> None:
-    assert report.markdown(report.Args(table="rlhf.csv", part=part)).startswith(heads)
+    assert tables.markdown(tables.Args(table="rlhf.csv", part=part)).startswith(heads)
 
 
-def test_scaling_pivots_to_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_scaling_pivots_to_medians(tmp_path: Path) -> None:
     for number, value in enumerate((1.0, 5.0, 2.0)):
         line = {"part": "gae", "case": "(1, 2)", "quantity": "us", "round": number, "value": value}
-        run.append(tmp_path / "scaling.csv", line)
-    text = report.markdown(report.Args(table="scaling.csv", part="gae"))
+        jobs.append(tmp_path / "scaling.csv", [line])
+    text = tables.markdown(tables.Args(table="scaling.csv", results=tmp_path))
     assert text == "|  | us |\n|---|---:|\n| (1, 2) | 2.00 |"
 
 
-def test_skip_leaves_a_contender_out_and_knows_their_names() -> None:
-    names = [c.name for c in speed.contenders(speed.Args())]
-    assert "ppo_discrete.py" in names
-    left = [c.name for c in speed.contenders(speed.Args(skip=("ppo_discrete.py",)))]
-    assert left == [name for name in names if name != "ppo_discrete.py"]
-    with pytest.raises(SystemExit, match="--skip: there is no LeanRl"):
-        speed.contenders(speed.Args(skip=("LeanRl",)))
+def test_a_contender_that_failed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def check_work(contender: speed.Contender) -> str:
+        tried.append(contender.name)
+        raise jobs.Failed("it did other work")
+
+    monkeypatch.setattr(speed, "check_work", check_work)
+    args = speed.Args(only=("ppo_discrete.py",), rounds=3)
+    first, second, third = speed.runs_in_turn(args)
+    assert first.key == ("cart-pole", 1, "ppo_discrete.py", 1)
+    for job, error in ((first, "it did other work"), (third, "left out, because it failed")):
+        with pytest.raises(jobs.Failed, match=error):
+            job.measure(0)
+    assert tried == ["ppo_discrete.py"]
 
 
 def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
@@ -476,3 +547,82 @@ def test_the_ablation_ends_one_change_before_the_default() -> None:
     last = dataclasses.asdict(tyro.cli(ppo_continuous.Args, args=flags.split()))
     default = dataclasses.asdict(ppo_continuous.Args())
     assert {name for name in last if last[name] != default[name]} == {"log_std_fall"}
+
+
+# ---- Every benchmark's job at a tiny size ------------------------------------------------------
+
+
+def test_a_changed_detail_is_a_line() -> None:
+    program = jobs.wrapped_script("ppo_discrete.py", "details.WRAPS['policy head not small']")
+    flags = f"{QUICK} --total-timesteps 64"
+    training = run.Training("ppo_discrete.py", "CartPole-v1", "x", 1, flags, program)
+    (line,) = training.line(0)
+    (committed, *_) = jobs.read(jobs.RESULTS / "details.csv")
+    assert list(line) == list(committed) and line["global_step"] in range(40, 65)
+
+
+def test_stable_baselines3_is_a_line_of_the_same_columns() -> None:
+    training = run.Training(
+        "Stable-Baselines3", "CartPole-v1", "x", 1, "--total-timesteps 256", [classic.SB3]
+    )
+    (line,) = training.line(0)
+    (committed, *_) = jobs.read(jobs.RESULTS / "classic.csv")
+    assert list(line) == list(committed) and line["global_step"] == 256
+
+
+def test_speed_is_a_line() -> None:
+    settings = common.Settings(num_envs=2, num_steps=16, num_minibatches=2, total_timesteps=128)
+    ours, _ = speed.our_contenders("cart-pole", settings)
+    line = speed.measure(ours, "cart-pole", 1)
+    (committed, *_) = jobs.read(jobs.RESULTS / "speed.csv")
+    assert list(line) == list(committed)
+    assert line["rows"] == 128 and line["steps_per_second"] > 0 and line["peak_mb"] > 50
+
+
+def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
+    flags = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
+    flags += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
+    line = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32").line(tmp_path)
+    (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
+    assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
+
+
+def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    healthy = f"ppo_discrete.py {QUICK} --total-timesteps 320"
+    cases = {
+        "cartpole": pitfalls.Case(healthy, "", seeds=1),
+        "lr-high": pitfalls.Case(f"{healthy} --learning-rate 0.2", "cartpole", seeds=1),
+    }
+    monkeypatch.setattr(pitfalls, "CASES", cases)
+    monkeypatch.setattr(sys, "argv", ["pitfalls", "--results", str(tmp_path)])
+    pitfalls.main()
+    names = ["cartpole__1.csv", "lr-high.svg", "lr-high__1.csv"]
+    assert sorted(path.name for path in (tmp_path / "pitfalls").iterdir()) == names
+    (logged,) = pitfalls.load("lr-high", tmp_path / "pitfalls")
+    assert {"charts/episodic_return", "losses/approx_kl"} <= set(logged)
+    assert len(logged["global_step"]) == 10
+    outcomes = pitfalls.outcomes(tmp_path / "pitfalls")
+    assert "| [lr-high](#lr-high) | `--learning-rate 0.2` | 1 |" in outcomes
+
+
+def test_overhead_is_measured() -> None:
+    flags = f"{QUICK} --total-timesteps 640"
+    share = overhead.checkpoints("ppo_discrete.py", flags)
+    assert 0.0 < share[f"ppo_discrete.py {flags}", "checkpoints, % of the time"] < 100.0
+    rate, _ = overhead.rate_and_beginning("ppo_discrete.py", flags, (), "")
+    assert rate > 0.0
+
+
+def test_scaling_is_measured() -> None:
+    assert scaling.gae_times(8, 2)["(8, 2)", "`gae`"] > 0.0
+    assert scaling.rlhf_tokens(2, 4)["2 answers of 4 tokens", "times"] > 0.0
+
+
+@pytest.mark.parametrize("table", ["ablation.csv", "details.csv"])
+def test_changes_are_drawn(table: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    jobs.append(tmp_path / table, jobs.read(jobs.RESULTS / table))
+    figures.main(["--table", table, "--results", str(tmp_path)])
+    drawn = (tmp_path / table).with_suffix(".svg").read_text()
+    assert drawn.startswith("<?xml") and drawn.endswith("</svg>\n")

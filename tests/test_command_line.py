@@ -20,9 +20,10 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_lstm
 from tests.helpers import ROOT, StopAfter, quick_args, read_metrics, run_main
 
-SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari]
+SCRIPTS = [ppo_discrete, ppo_continuous, ppo_atari, ppo_lstm]
 QUICK = "--total-timesteps 1024 --eval-episodes 2"
 
 WRONG = {  # flags -> what the message must say
@@ -54,14 +55,19 @@ WRONG = {  # flags -> what the message must say
     "--num-steps 1": "too few for --num-minibatches",
     "--device cuda": "--device cuda",
     "--device nonsense": "--device nonsense",
+    "--device meta": "--device meta",
+    "--device privateuseone": "--device privateuseone",
     "--env-id CartPol-v1": "Did you mean: `CartPole`",
     "--env-id nothing:Nothing-v5": "No module named 'nothing'",
+    "--env-id ..nothing:Nothing-v5": "relative import",
     "--env-id Pendulum-v1": "ppo_continuous.py",
     "--env-id test/SameStep-v0": "NEXT_STEP",
     "--env-id CartPole-v1 --env-kwargs nonsense=1": "nonsense",
     "--run-dir pyproject.toml": "pyproject.toml",
     "--run-dir /proc/run": "/proc/run",
     "--run-dir=": "--run-dir",
+    "--run-dir a\udcff": "must be printable",
+    "--hidden-size 1000000": "not enough memory",
     "--evaluate /nowhere": "/nowhere",
     "--resume /nowhere": "/nowhere",
     "--resume /etc/passwd": "/etc/passwd",
@@ -321,6 +327,11 @@ def test_a_run_whose_output_is_cut_off_ends_as_any_other(tmp_path, redirection: 
     )
     assert (tmp_path / "status").read_text() == "0\n" and done.stderr == ""
     assert len(read_metrics(tmp_path / "run")) == 1 and (tmp_path / "run/results.json").exists()
+
+
+def test_a_wrong_flag_has_status_2_also_where_the_message_cannot_be_printed() -> None:
+    command = f"{sys.executable} {ROOT / 'ppo_discrete.py'} --gamma 7 2>/dev/full"
+    assert subprocess.run(command, shell=True, timeout=100).returncode == 2
 
 
 # ---- Processes of their own --------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the pages say is so: links, code, tables, formulas, commands and recipes."""
 
 import functools
+import html
 import importlib.util
 import os
 import re
@@ -20,14 +21,18 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_lstm
 import ppo_rlhf_toy
+from benchmarks import pitfalls
+from benchmarks.jobs import RESULTS, read
+from benchmarks.tables import scores_of_changes, significance
 from gae import gae
 from tests.helpers import ROOT, import_file, quick_args, read_metrics, run_main
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
-SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_rlhf_toy)
+SCRIPTS = (ppo_discrete, ppo_continuous, ppo_atari, ppo_lstm, ppo_rlhf_toy)
 lines = runpy.run_path(str(DOCS / "lines.py"))
 # Flags of a run of ppo_rlhf_toy.py that takes some seconds.
 TINY = dict(
@@ -35,10 +40,6 @@ TINY = dict(
     rm_pairs=64, rm_min_accuracy=0.0, num_iterations=1, batch_size=16, update_epochs=1,
     eval_prompts=32,
 )  # fmt: skip
-sys.path.append(str(ROOT / "benchmarks"))
-
-import report  # noqa: E402
-from run import RESULTS, read  # noqa: E402
 
 
 @functools.cache
@@ -122,7 +123,7 @@ def test_lines_are_found() -> None:
 
 
 def test_flags_that_the_pages_name_exist() -> None:
-    flags = {"--only", "--draw", "--ranges", "--measure"}
+    flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef", "--work"}
     flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
@@ -236,27 +237,22 @@ CONTROL += " --total-timesteps 128 --eval-episodes 2"
 LANGUAGE = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in TINY.items())
 # What is tested elsewhere, or changes nothing and only needs its parts to exist.
 OTHERS = {
+    # By tests/test_recipes.py.
+    "mkdir mine && cp *.py docs/recipes/*.* mine && cd mine",
+    "python ppo_discrete.py --env-id CartPole-v1 --seed 2",
     "diff ppo_discrete.py ppo_continuous.py",
+    "diff ppo_discrete.py ppo_lstm.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
-    "python benchmarks/gallery.py --ranges",
+    'pip install -c constraints.txt -e ".[benchmark,mujoco,box2d,atari]"',
+    "python -m benchmarks.pitfalls --ranges",
+    "python ppo_atari.py --env-id ALE/Breakout-v5",  # minutes; flags: tests/test_readme.py
     # Trained so by tests/test_processes.py.
     "torchrun --standalone --nproc-per-node 2 ppo_discrete.py --env-id LunarLander-v3",
 }
 
 
-def apply(diff: str, folder: Path) -> None:
-    """Apply a diff whose first line names the file; every hunk must fit exactly one place."""
-    name, _, hunks = diff.partition("\n")
-    path = folder / name.removeprefix("--- ")
-    text = path.read_text()
-    for hunk in hunks.strip("\n").split("\n\n"):
-        rows = hunk.split("\n")
-        old = "".join(f"{row[1:]}\n" for row in rows if row[0] != "+")
-        new = "".join(f"{row[1:]}\n" for row in rows if row[0] != "-")
-        assert old and text.count(old) == 1, f"{name}: {text.count(old)} places for\n{old}"
-        text = text.replace(old, new)
-    path.write_text(text)
+HAS_MUJOCO = importlib.util.find_spec("mujoco") is not None
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("en/")])
@@ -265,34 +261,34 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
     # A function of one's own trains a tiny model too.
     tiny_args = functools.partial(ppo_rlhf_toy.Args, **TINY)
     monkeypatch.setattr(ppo_rlhf_toy, "Args", lambda **changes: tiny_args(**(changes | TINY)))
-    gallery = runpy.run_path(str(ROOT / "benchmarks" / "gallery.py"))
-    folder, changed, before = tmp_path, False, ""
+    folder, before = tmp_path, ""
     for number, (heading, kind, body) in enumerate(blocks(DOCS / name)):
-        if heading != before or (kind == "diff" and changed):
-            folder, changed, before = tmp_path / str(number), False, heading
-            folder.mkdir()
+        if heading != before:
+            folder, before = tmp_path / str(number), heading
+            shutil.copytree(DOCS / "recipes", folder)
             for script in (*SCRIPTS, experiment):
                 shutil.copy(script.__file__, folder)
             shutil.copy(ROOT / "gae.py", folder)
             monkeypatch.syspath_prepend(str(folder))
             monkeypatch.chdir(folder)
-        if kind == "diff":
-            apply(body, folder)
-        elif kind == "python" and body.startswith("# file: "):
+        if kind == "python" and body.startswith("# file: "):
             (folder / body.split()[2]).write_text(body)
         if kind != "sh":
             continue
-        for command in body.strip().split("\n"):
+        for i, command in enumerate(body.strip().split("\n")):
             if command in OTHERS:
                 continue
-            changed = True
+            if "-v5" in command and not HAS_MUJOCO:
+                continue  # its flags are parsed by tests/test_readme.py
+            if command.startswith("git apply "):
+                subprocess.run(command.split(), check=True)
+                continue
             assert command.startswith("python "), command
+            if command == f"python -m benchmarks.pitfalls --only {heading}":
+                command = f"python {pitfalls.CASES[heading].command}"
             _, script, *flags = shlex.split(command)
-            if script == "benchmarks/gallery.py":
-                assert flags[0] == "--only" and flags[1:] == [heading]
-                script, *flags = gallery["CASES"][heading].command.split()
             if not (folder / script).exists():
-                assert script in ("docs/figures.py", "benchmarks/gallery.py"), command
+                assert script == "docs/figures.py", command
                 continue
             module = import_file(folder / script)
             if hasattr(module, "Reviews"):  # a judge that tells a random model's answers apart
@@ -303,10 +299,10 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
                 if "--resume" in flags:  # there must be something left to do
                     flags += ["--total-timesteps", "256"]
                 if not {"--run-dir", "--resume", "--evaluate"} & set(flags):
-                    flags += ["--run-dir", f"run{number}"]
+                    flags += ["--run-dir", f"run{number}_{i}"]
                 status, _, error = run_main(module, flags, monkeypatch, capsys)
                 assert status == 0, f"{command}: {error}"
-            assert list(folder.rglob("results.json"))
+            assert list(folder.rglob("results.json")) or script == "record.py"
 
 
 # ---- The site ----------------------------------------------------------------------------------
@@ -321,7 +317,7 @@ def site(tmp_path_factory) -> Path:
     if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
         pytest.skip("the docs extra is not installed")
     command = "mkdocs build"  # nothing more: under --quiet it would count no warnings
-    for page in [*ROOT.glob("README*.md"), *DOCS.glob("*/index.md")]:
+    for page in DOCS.glob("*/index.md"):
         assert re.search(rf"(^|&& ){command}[`\n]", page.read_text(), re.MULTILINE), page
     copy = tmp_path_factory.mktemp("repository")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *map(ROOT.joinpath, FILES_OF_THE_SITE)]:
@@ -378,6 +374,14 @@ def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
     assert f'id="L-{first}"' in (site / "repo" / "ppo_discrete.py.html").read_text()
 
 
+def test_the_site_shows_the_recipes(site: Path) -> None:
+    for page in (site / "en" / "copying.html", site / "zh" / "copying.html"):
+        text = html.unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+        for patch in (DOCS / "recipes").glob("*.patch"):
+            assert patch.read_text() in text, patch.stem
+    assert (site / "recipes" / "tasks.py").exists()
+
+
 # ---- The details map ---------------------------------------------------------------------------
 
 
@@ -414,12 +418,12 @@ EFFECTS = sorted(DOCS.glob("*/details.md"))
 @pytest.mark.parametrize("page", EFFECTS, ids=lambda page: page.parent.name)
 def test_effects_are_those_of_the_committed_runs(page: Path) -> None:
     nothing, worse, better, comma = WORDS[page.parent.name]
-    effects = report.differences(report.lines_of(report.Args(table="details.csv")))
+    effects = scores_of_changes(read(RESULTS / "details.csv"), "details")
     found = [e for e in EFFECT.findall(page.read_text()) if "rlhf" not in e[1]]
     assert len(found) >= 20
     for words, _, name in found:
         marks = {
-            env_id.rpartition("-")[0]: report.mark(x, effects["default"][env_id])
+            env_id.rpartition("-")[0]: significance(x, effects["default"][env_id])
             for env_id, x in effects[name].items()
         }
         tasks = {sign: [t for t, m in marks.items() if m.strip() == sign] for sign in "▼▲"}
@@ -442,7 +446,7 @@ def test_effects_of_rlhf_are_those_of_the_committed_runs(page: Path) -> None:
     for words, _, name in found:
         if words == WORDS[page.parent.name][0]:
             for measure in ("gold", "optimum_share"):
-                assert not report.mark(scores(name, measure), scores("default", measure)), name
+                assert not significance(scores(name, measure), scores("default", measure)), name
         else:
             measure, value = words.rsplit(" ", 1)
             mean = scores(name, MEASURES[measure]).mean()
@@ -462,7 +466,7 @@ def test_both_languages_have_the_same_pages() -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_both_languages_have_the_same_skeleton(name: str) -> None:
-    """The same headings, markers, links, formulas, blocks and table rows."""
+    """The same headings, markers, links, formulas, blocks (but for comments) and table rows."""
 
     def skeleton(page: Path) -> list:
         text = page.read_text()
@@ -473,6 +477,7 @@ def test_both_languages_have_the_same_skeleton(name: str) -> None:
             [t.replace("/zh/", "/en/").replace("README.zh.md", "README.md") for t in targets],
             len(re.findall(r"^\$\$$", text, re.MULTILINE)),
             [body for _, kind, body in blocks(page) if kind in ("sh", "diff", "")],
+            [re.sub(" +#.*", "", body) for _, kind, body in blocks(page) if kind == "python"],
             len(re.findall(r"^\|", text, re.MULTILINE)),
         ]
 

@@ -63,6 +63,9 @@ class Stub:
         ("CartPole-v1", dict(env_kwargs=("x",)), "x"),
         ("Acrobot-v1", dict(vectorization_mode="vector_entry_point"), "vector entry point"),
         ("test/SameStep-v0", {}, "NEXT_STEP"),
+        ("..x:Y-v0", {}, "relative import"),
+        ("test/NothingToSee-v0", {}, "its observation has 0 numbers"),
+        ("test/TooMuchToSee-v0", {}, "its observation has 1000000000 numbers"),
         ("test/TwoActions-v0", {}, "Tuple(Discrete(2), Discrete(2))"),
         ("Pendulum-v1", {}, "ppo_continuous.py"),
     ],
@@ -72,6 +75,18 @@ def test_make_envs_of_wrong_flags_is_a_user_error_that_names_them(env_id, change
         make(env_id, **changes)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert "--env-" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "said"),
+    [
+        ("test/TooManyActions-v0", r"Discrete\(1000000000\) has too many choices"),
+        ("test/MaskOfNames-v0", "an action_mask must be an array, not a dict"),
+    ],
+)
+def test_actions_that_cannot_be_served_are_a_user_error(run_dir, env_id: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ppo_discrete.train(quick_args(ppo_discrete, run_dir, env_id=env_id))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +140,19 @@ def test_an_exception_inside_the_environment_keeps_its_type_and_traceback(
     assert "of my own" in str(raised.value) and not isinstance(raised.value, UserError)
     if mode == "sync":
         assert raised.traceback[-1].path.name == "envs.py"
+
+
+@forks
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_an_exception_that_a_worker_cannot_pickle_arrives_as_its_traceback(
+    run_dir, where: str
+) -> None:
+    """Gymnasium's main process would wait for it for ever."""
+    flags = dict(env_kwargs=(f"where={where}",), vectorization_mode="async", num_envs=2)
+    flags |= dict(num_steps=64, total_timesteps=256)
+    args = quick_args(ppo_discrete, run_dir, env_id="test/RaisesUnpicklable-v0", **flags)
+    with pytest.raises(RuntimeError, match=r'envs.py", line \d+(?s:.*)Unpicklable: of my own'):
+        ppo_discrete.train(args)
 
 
 def test_an_exception_of_gymnasium_called_by_the_environment_keeps_its_traceback() -> None:

@@ -23,11 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import experiment
 import ppo_rlhf_toy as rlhf
+from benchmarks.rlhf_optimum import known_optimum
 from ppo_rlhf_toy import Args, UserError
-from tests.helpers import ROOT, StopAfter, read_metrics, run_main, spy
-
-sys.path.append(str(ROOT / "benchmarks"))
-from rlhf_optimum import known_optimum
+from tests.helpers import StopAfter, read_metrics, run_main, spy
 
 CPU = torch.device("cpu")
 REVIEWS, ARITHMETIC = rlhf.TASKS["reviews"], rlhf.TASKS["arithmetic"]

@@ -27,8 +27,8 @@ class Args:
 
     env_id: str
     seed: int
-    run_dir: Path
     total_timesteps: int
+    run_dir: Path = Path("runs/sb3")
 
 
 def falling(start: float):

@@ -1,0 +1,132 @@
+"""What keeping a run costs, and what processes and compiling bring: lines of overhead.csv.
+
+    python -m benchmarks.overhead                     # processes and compiling, beside without
+    python -m benchmarks.overhead --what checkpoints  # their share of the loop's time
+    python -m benchmarks.tables --table overhead.csv --part gains
+
+A gain is of runs that take turns (A B A B ...).
+"""
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import gymnasium as gym
+import tyro
+
+from benchmarks import jobs
+from benchmarks.jobs import ROOT, Measurement, Quantities
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+CART = (
+    "ppo_discrete.py",
+    "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4 "
+    "--norm-adv minibatch --activation tanh",
+)
+CHEETAH = ("ppo_continuous.py", "--env-id HalfCheetah-v5 --total-timesteps 60000")
+
+
+class Slow(gym.Wrapper):
+    """CartPole whose step takes 2 ms, as a simulator's may."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1").unwrapped)
+
+    def step(self, action):
+        time.sleep(0.002)
+        return super().step(action)
+
+
+gym.register("Slow-v0", Slow, max_episode_steps=500)
+
+
+def time_save(save: Callable, run) -> None:
+    """Print the seconds that a checkpoint took."""
+    start = time.perf_counter()
+    save(run)
+    print("checkpoint:", time.perf_counter() - start, flush=True)
+
+
+TIMED = {"experiment.Run.save": time_save}
+
+
+@dataclass
+class Args(jobs.Shared):
+    """Compare a run with and without what costs or saves time."""
+
+    what: Literal["gains", "checkpoints"] = "gains"
+    rounds: int = 5  # times that each measurement is taken; the table shows medians
+
+
+def rate_and_beginning(
+    script: str, flags: str, launcher: tuple[str, ...], cache: str
+) -> tuple[float, float]:
+    """Train; return the steps a second and the seconds that it needed to get going.
+
+    The rate is of all but the first tenth of the steps; the second number is by how much that tenth
+    was slower, to which compiling belongs.
+    """
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": cache}
+    words = [*flags.split(), "--eval-episodes", 1]
+    metrics = jobs.launch([*launcher, ROOT / script], words, environment=compiled).metrics
+    rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in metrics]
+    seconds = {step: step / sps for step, sps in rows}
+    last = rows[-1][0]
+    tenth = min(step for step in seconds if step >= last / 10)
+    rate = (last - tenth) / (seconds[last] - seconds[tenth])
+    return rate, seconds[tenth] - tenth / rate
+
+
+def checkpoints(script: str, flags: str) -> Quantities:
+    """Measure the share of the loop's time that checkpoints take.
+
+    It is too small to be seen by comparing two noisy runs.
+    """
+    timed = jobs.wrapped_script(script, "overhead.TIMED")
+    run = jobs.launch(timed, [*flags.split(), "--eval-episodes", 1])
+    spent = sum(map(float, re.findall("^checkpoint: (.*)", run.printed, re.MULTILINE)))
+    share = spent * float(run.metrics[-1]["charts/SPS"]) / int(run.metrics[-1]["global_step"])
+    return {(f"{script} {flags}", "checkpoints, % of the time"): 100.0 * share}
+
+
+def gain(name: str, script: str, flags: str, more: str, launcher: tuple[str, ...]) -> Quantities:
+    """Measure a script with `more` flags or started by `launcher`, and without."""
+    with tempfile.TemporaryDirectory() as cache:  # of what is compiled: empty, as on the first day
+        without, began = rate_and_beginning(script, flags, (), cache)
+        rate, first = rate_and_beginning(script, flags + more, launcher, cache)
+        _, again = rate_and_beginning(script, flags + more, launcher, cache)
+    quantities = {"steps/s without": without, "with": rate, "times": rate / without}
+    if more:  # what torchrun needs to start is not in the loop's time
+        quantities["begins later by, s"] = first - began
+        quantities["the second time, s"] = again - began
+    return {(name, quantity): value for quantity, value in quantities.items()}
+
+
+def measurements(what: str) -> Iterator[Measurement]:
+    """Yield what is to be measured."""
+    slow = (
+        "--env-id benchmarks.overhead:Slow-v0 --total-timesteps 8192 --num-envs 8 --num-steps 128"
+    )
+    if what == "gains":
+        for name, *run in (
+            ("2 processes, environment of 2 ms a step", "ppo_discrete.py", slow, "", TORCHRUN),
+            ("--compile, CartPole", *CART, " --compile", ()),
+            ("--compile, HalfCheetah", *CHEETAH, " --compile", ()),
+        ):
+            yield Measurement(what, name, "times", partial(gain, name, *run))
+    for script, flags in (CART, CHEETAH) if what == "checkpoints" else ():
+        case, quantity = f"{script} {flags}", "checkpoints, % of the time"
+        yield Measurement(what, case, quantity, partial(checkpoints, script, flags))
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    jobs.measure_all([*measurements(args.what)], args.rounds, args.path("overhead.csv"))
+
+
+if __name__ == "__main__":
+    main()
