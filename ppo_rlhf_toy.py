@@ -24,7 +24,7 @@ RLOO (Ahmadian et al. 2024, arXiv 2402.14740), GRPO (Shao et al. 2024, arXiv 240
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
 
-import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -66,7 +66,6 @@ class Args(RunArgs):
     context_size: int = 32  # Most tokens that a prompt and its response have together.
     max_new_tokens: int = 24  # Most tokens of a response, which is cut off there.
     micro_batch_size: int = 512  # Most answers in a model at once; gradients are accumulated.
-    share_trunk: bool = False  # Give the policy a value head instead of a value model beside it.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
     sft_accuracy: float = 0.46  # Accuracy that ends stage 1 of arithmetic.
@@ -87,8 +86,6 @@ class Args(RunArgs):
     num_minibatches: int = 4  # Minibatches in one pass over the batch.
     temperature: float = 1.0  # Temperature of the softmax, in sampling and in training.
     kl_coef: float = 0.1  # Beta: what one nat of KL(policy, reference) costs.
-    ref_kl_target: float | None = None  # Adapt beta so that an answer's KL stays at this, in nats.
-    kl_horizon: int = 500  # Answers in which the adaptive beta moves by a fifth at most.
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # Estimator of a token's KL (Schulman 2020).
     kl_in_loss: bool = False  # Put the KL into the loss, with k2 or k3, instead of the reward.
     missing_eos_penalty: float = 1.0  # Penalty on the score of a response that was cut off.
@@ -98,18 +95,16 @@ class Args(RunArgs):
     group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # See group_advantages.
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
-    whiten_rewards: bool = False  # Scale rewards to standard deviation 1.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
     gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
     clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
     clip_coef_high: float | None = None  # Epsilon above 1, if it differs (clip-higher, DAPO).
     clip_vloss: bool = True  # Clip the value loss by clip_coef as well (N details).
-    loss_average: Literal["tokens", "answers"] = "tokens"  # Over all tokens, or answer by answer.
     ent_coef: float = 0.0  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 1.0  # Limit of the gradient's global norm.
 
-    fixed = "task num_layers num_heads d_model context_size baseline share_trunk"  # in the networks
+    fixed = "task num_layers num_heads d_model context_size baseline"  # in the networks
     fixed_to_resume = "seed batch_size"
     unit = "answers"
 
@@ -125,10 +120,10 @@ class Args(RunArgs):
         self.check_range("sft_batch_size rm_batch_size micro_batch_size", 1, 2**17)
         self.check_range("rm_pairs eval_prompts", 1, 2**20)
         self.check_range("batch_size group_size", 2, 2**17)
-        self.check_range("sft_steps num_iterations warmup_iterations update_epochs kl_horizon", 1)
+        self.check_range("sft_steps num_iterations warmup_iterations update_epochs", 1)
         self.check_range("kl_coef missing_eos_penalty ent_coef", 0)
         self.check_range("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1)
-        self.check_range("learning_rate sft_learning_rate rm_learning_rate ref_kl_target", 1e-12)
+        self.check_range("learning_rate sft_learning_rate rm_learning_rate", 1e-12)
         self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm", 1e-12)
         self.check_range("temperature", 1e-3)
         task = find_task(self.task)
@@ -139,8 +134,6 @@ class Args(RunArgs):
             raise UserError(f"--d-model {self.d_model} must divide by --num-heads")
         if self.baseline == "group" and batch_size % self.group_size:
             raise UserError(f"--batch-size {batch_size} must divide by --group-size")
-        if self.ref_kl_target and not self.kl_coef:
-            raise UserError("--ref-kl-target needs --kl-coef above 0")
         if self.kl_in_loss and self.kl_estimator == "k1":
             raise UserError("--kl-in-loss: the gradient of k1 is 0 on average, --kl-estimator k2")
 
@@ -263,14 +256,10 @@ def find_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     module, _, class_name = name.rpartition(":")
+    sys.path.append("")  # the folder in which the command was typed
     found = None
-    if "" not in sys.path:
-        sys.path.append("")  # the folder in which the command was typed
-    try:
-        found = importlib.import_module(module) if module else None
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # your module is there, and imports one that is not
+    if module and importlib.util.find_spec(module):
+        found = importlib.import_module(module)
     if not hasattr(found, class_name):
         raise UserError(f"--task {name} is unknown: choose {' or '.join(TASKS)}, or module:Class")
     return getattr(found, class_name)()
@@ -303,7 +292,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small GPT-2 without dropout, which would move the ratio away from 1 (N details).
 
-    A network of your own overrides `__init__` and `features`, and has a linear layer `head`.
+    A network of your own overrides `__init__` and `forward`, and has a linear layer `head`.
     """
 
     def __init__(self, args: Args, tokenizer: Tokenizer, head_size: int):
@@ -317,16 +306,15 @@ class Transformer(nn.Module):
             nn.init.normal_(self.head.weight, std=(args.d_model + 1) ** -0.5)
             nn.init.zeros_(self.head.bias)
 
-    def features(self, tokens: Tensor, cache: dict | None = None) -> Tensor:
-        """Take tokens (B, S), after those in the cache, to the input of the head (B, S, D)."""
+    def forward(self, tokens: Tensor, cache: dict | None = None) -> Tensor:
+        """Take tokens (B, S), after those in the cache, to the head's output (B, S, head)."""
         seen = tokens
         if cache is not None:  # keys and values stay valid: no token attends to a later one
             seen = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
         real, S, total = seen != self.tokenizer.pad, tokens.shape[1], seen.shape[1]
-        if total > self.position.num_embeddings:
-            raise UserError(
-                f"--context-size {self.position.num_embeddings}: a text has {total} tokens"
-            )
+        size = self.position.num_embeddings
+        if total > size:
+            raise UserError(f"--context-size {size}: a text has {total} tokens")
         # Positions count real tokens, so padding on the left changes nothing (N details).
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -S:]
         column = torch.arange(total, device=tokens.device)
@@ -336,11 +324,7 @@ class Transformer(nn.Module):
         x = self.word(tokens) + self.position(positions)
         for block in self.blocks:
             x = block(x, visible, cache)
-        return self.norm(x)
-
-    def forward(self, tokens: Tensor, cache: dict | None = None) -> Tensor:
-        """Return the head's output (B, S, head)."""
-        return self.head(self.features(tokens, cache))
+        return self.head(self.norm(x))
 
     def log_softmax(self, logits: Tensor, temperature: float) -> Tensor:
         """Return log pi (..., V). With another temperature anywhere, the first ratio is not 1."""
@@ -348,23 +332,17 @@ class Transformer(nn.Module):
         logits[..., self.tokenizer.pad] = -1e9  # padding is not an action
         return F.log_softmax(logits, dim=-1)
 
-    def before(self, prompts: Tensor, responses: Tensor, *heads: nn.Module) -> list[Tensor]:
-        """Return each head's output (B, R, head) one position before each response token."""
-        features = self.features(torch.cat([prompts, responses], dim=1))
-        return [head(features)[:, prompts.shape[1] - 1 : -1] for head in heads]
+    def before(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """Return the output (B, R, head) one position before each response token."""
+        return self(torch.cat([prompts, responses], dim=1))[:, prompts.shape[1] - 1 : -1]
 
     def log_prob_and_entropy(
-        self, prompts: Tensor, responses: Tensor, temperature: float, *heads: nn.Module
-    ) -> tuple[Tensor, ...]:
-        """Return log pi of the response tokens and the policy's entropy in nats, both (B, R).
-
-        Scalar heads beside the policy's own add their outputs, each (B, R).
-        """
-        logits, *scalars = self.before(prompts, responses, self.head, *heads)
-        log_pi = self.log_softmax(logits, temperature)  # (B, R, V)
+        self, prompts: Tensor, responses: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return log pi of the response tokens and the policy's entropy in nats, both (B, R)."""
+        log_pi = self.log_softmax(self.before(prompts, responses), temperature)  # (B, R, V)
         log_probs = log_pi.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-        entropies = -(log_pi.exp() * log_pi).sum(-1)
-        return log_probs, entropies, *(x.squeeze(-1) for x in scalars)
+        return log_probs, -(log_pi.exp() * log_pi).sum(-1)
 
 
 def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = None) -> Transformer:
@@ -383,12 +361,8 @@ class Models(nn.Module):
         super().__init__()
         self.policy = make_model(args, task, scalar=False)
         self.reference = make_model(args, task, scalar=False).requires_grad_(False)
-        self.value = self.value_head = self.reward_model = None
-        if args.baseline == "critic" and args.share_trunk:
-            self.value_head = nn.Linear(self.policy.head.in_features, 1)
-            nn.init.zeros_(self.value_head.weight)  # (N details)
-            nn.init.zeros_(self.value_head.bias)
-        elif args.baseline == "critic":
+        self.value = self.reward_model = None
+        if args.baseline == "critic":
             self.value = make_model(args, task, scalar=True)
         if learned:
             self.reward_model = make_model(args, task, scalar=True).requires_grad_(False)
@@ -396,18 +370,16 @@ class Models(nn.Module):
         self.has_reward_model = nn.Buffer(torch.tensor(False))
         self.has_policy = nn.Buffer(torch.tensor(False))
         self.reward_model_quality = nn.Buffer(torch.zeros(2, dtype=torch.float64))  # see stage 2
-        self.kl_coef = nn.Buffer(torch.tensor(args.kl_coef, dtype=torch.float64))  # adaptive beta
 
     def read(
         self, prompts: Tensor, responses: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return log pi of the tokens, the policy's entropy, and V before each token: (B, R)."""
-        heads = [] if self.value_head is None else [self.value_head]
-        read = self.policy.log_prob_and_entropy(prompts, responses, temperature, *heads)
+        log_probs, entropies = self.policy.log_prob_and_entropy(prompts, responses, temperature)
+        values = torch.zeros_like(log_probs)
         if self.value is not None:
-            (values,) = self.value.before(prompts, responses, self.value.head)
-            read = (*read, values.squeeze(-1))
-        return read if len(read) == 3 else (*read, torch.zeros_like(read[0]))  # no critic, no value
+            values = self.value.before(prompts, responses).squeeze(-1)
+        return log_probs, entropies, values
 
     def take(self, name: str, args: Args, folder: Path) -> None:
         """Take the reference or the reward model from the run in another folder."""
@@ -431,17 +403,11 @@ def streams(args: Args, stage: int, device: torch.device) -> tuple[np.random.Gen
     return np.random.default_rng(seeds[2]), Generator(device).manual_seed(seeds[1])
 
 
-def split(size: int, *columns: Any) -> Iterator[tuple]:
-    """Yield the rows of tensors or lists in parts of at most `size`."""
-    for i in range(0, len(columns[0]), size):
-        yield tuple(column[i : i + size] for column in columns)
-
-
 @torch.no_grad()
-def in_parts(size: int, function: Callable, *columns: Any) -> list[Tensor]:
+def in_parts(size: int, function: Callable, *columns: Tensor) -> list[Tensor]:
     """Call a function that returns tensors on at most `size` rows at a time; join the tensors."""
-    parts = [function(*part) for part in split(size, *columns)]
-    return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts)]
+    parts = [function(*part) for part in zip(*(x.split(size) for x in columns))]
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 class Rollout(NamedTuple):
@@ -494,10 +460,9 @@ def answer(
     """Answer prompts given as texts."""
     tokenizer, device = task.tokenizer, policy.head.weight.device
     prompts = tokenizer.block(map(tokenizer.encode, texts), True, device)
-    parts = [
-        generate(args, policy, *some, generator) for some in split(args.micro_batch_size, prompts)
-    ]
-    responses, log_probs = (torch.cat(tensors) for tensors in zip(*parts))
+    responses, log_probs = in_parts(
+        args.micro_batch_size, lambda some: generate(args, policy, some, generator), prompts
+    )
     mask = action_mask(responses, tokenizer.pad)
     longest = mask.sum(1).max()
     responses, log_probs, mask = (x[:, :longest] for x in (responses, log_probs, mask))
@@ -538,15 +503,12 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
         prompts = tokenizer.block(map(tokenizer.encode, texts), True, run.device)
         responses = tokenizer.block(replies, False, run.device)
         mask = action_mask(responses, tokenizer.pad)
-        total = 0.0
-        for some in split(args.micro_batch_size, prompts, responses, mask):
-            log_probs, _ = model.log_prob_and_entropy(*some[:2], 1.0)
-            loss = -log_probs[some[2]].sum() / mask.sum()
-            loss.backward()
-            total += loss.detach()
+        log_probs, _ = model.log_prob_and_entropy(prompts, responses, 1.0)
+        loss = -log_probs[mask].sum() / mask.sum()
+        loss.backward()
         descend(optimizer, args)
         if step % 25 == 24:
-            run.writer.add_scalars("sft/loss", {"stage_1": total.item()}, step + 1)
+            run.writer.add_scalars("sft/loss", {"stage_1": loss.item()}, step + 1)
         if step % 25 == 24 and not task.learned:
             texts = task.prompts(512, rng)
             rollout = answer(args, task, model, texts, generator)
@@ -599,17 +561,13 @@ def train_reward_model(
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
     orders = [torch.as_tensor(rng.permutation(len(pairs))) for _ in range(args.rm_epochs)]
     batches = [rows for order in orders for rows in order.split(args.rm_batch_size)]
-    pairs_at_once = max(args.micro_batch_size // 2, 1)
     for step in steps_of("reward model", range(len(batches)), run):
         optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1.0 - step / len(batches))
-        batch, total = [pairs[i] for i in batches[step].tolist()], 0.0
-        for (some,) in split(pairs_at_once, batch):
-            loss = bradley_terry_loss(*compare(some)) * (len(some) / len(batch))
-            loss.backward()
-            total += loss.detach()
+        loss = bradley_terry_loss(*compare([pairs[i] for i in batches[step].tolist()]))
+        loss.backward()
         descend(optimizer, args)
         if step % 25 == 24:
-            run.writer.add_scalars("reward_model/loss", {"stage_2": total.item()}, step + 1)
+            run.writer.add_scalars("reward_model/loss", {"stage_2": loss.item()}, step + 1)
     model.requires_grad_(False)
     chosen_scores, rejected_scores = compare(test_pairs)
     accuracy = (chosen_scores > rejected_scores).float().mean().item()
@@ -630,10 +588,7 @@ def train_reward_model(
 def score_answers(args: Args, reward_fn: RewardFunction, rollout: Rollout) -> Tensor:
     """Return scores (B,): the reward of each answer, less a penalty where EOS is missing."""
     rewards, ended = reward_fn(rollout.texts, rollout.answers), rollout.ended
-    try:
-        scores = torch.as_tensor(rewards, dtype=torch.float32).detach().to(ended.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the reward function must return a list of numbers: {error}") from error
+    scores = torch.as_tensor(rewards, dtype=torch.float32).detach().to(ended.device)
     if scores.shape != ended.shape or not scores.isfinite().all():
         raise UserError(f"the reward function must return {len(ended)} finite numbers")
     return scores - args.missing_eos_penalty * ~ended
@@ -677,18 +632,11 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
     return advantages.flatten()
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Return `x` with standard deviation 1, and mean 0 if asked, under the mask; 0 elsewhere."""
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Return `x` with mean 0 and standard deviation 1 under the mask, and 0 elsewhere."""
     mean, std = x[mask].mean(), x[mask].std()
     varies = std > 1e-6 * x[mask].abs().max()  # beyond rounding errors
-    whitened = torch.where(varies, (x - mean) / (std + 1e-8), 0.0)
-    return torch.where(mask, whitened + (0.0 if shift_mean else mean), 0.0)
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
-    """Return beta, moved in proportion to the KL's relative error (Ziegler et al. 2019, 2.2)."""
-    error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * min(answers / horizon, 1.0))
+    return torch.where(mask & varies, (x - mean) / (std + 1e-8), 0.0)
 
 
 class Batch(NamedTuple):
@@ -707,38 +655,27 @@ class Batch(NamedTuple):
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_coef: float, clip_coef_high: float | None = None
 ) -> Tensor:
-    """Return min(r A, clip(r, 1 - eps, 1 + eps) A) of each action, to be maximised (PPO eq. 7).
+    """Return mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), to be maximised (PPO eq. 7).
 
-    The min is pessimistic: outside the range gains no longer count, but losses still do. A larger
-    upper epsilon lets improbable actions grow faster (clip-higher, Yu et al. 2025).
+    The min is pessimistic: outside the range gains no longer count, but losses still do.
     """
     clipped = ratio.clamp(1.0 - clip_coef, 1.0 + (clip_coef_high or clip_coef))
-    return torch.min(ratio * advantages, clipped * advantages)
+    return torch.min(ratio * advantages, clipped * advantages).mean()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """Return (V - returns)^2 / 2 of each action.
+    """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one with V within `clip` of its old value.
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
         errors = torch.max(errors, (clipped - returns).square())
-    return 0.5 * errors
+    return 0.5 * errors.mean()
 
 
-def loss_mean(x: Tensor, mask: Tensor, average: str) -> Tensor:
-    """Return the mean of the actions' `x` (M,): of all, or of each answer's mean."""
-    if average == "tokens":
-        return x.mean()
-    weights = mask / mask.sum(1, keepdim=True)  # (B, R)
-    return (weights[mask] * x).sum() / len(mask)
-
-
-def ppo_loss(
-    models: Models, args: Args, batch: Batch, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Return the loss to minimise, minus PPO's eq. 9; what to log of it; and the ratios (M,)."""
     log_probs, entropies, values = models.read(batch.prompts, batch.responses, args.temperature)
     # The places of the actions keep the padding out. A GPU waits here once, at each x[mask] again.
@@ -747,18 +684,17 @@ def ppo_loss(
     log_ratio = log_probs - batch.log_probs[at]
     ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
     clip_low, clip_high = args.clip_coef, args.clip_coef_high or args.clip_coef
-    mean = partial(loss_mean, mask=batch.mask, average=args.loss_average)
 
-    surrogate = mean(clipped_surrogate(ratio, batch.advantages[at], clip_low, clip_high))
+    surrogate = clipped_surrogate(ratio, batch.advantages[at], clip_low, clip_high)
     v_loss = torch.zeros_like(surrogate)
     if args.baseline == "critic":
         value_clip = args.clip_coef if args.clip_vloss else None
-        v_loss = mean(value_loss(values, batch.values[at], batch.returns[at], value_clip))
-    entropy = mean(entropies)
+        v_loss = value_loss(values, batch.values[at], batch.returns[at], value_clip)
+    entropy = entropies.mean()
     loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
     if args.kl_in_loss:
         kl = kl_penalty(log_probs, batch.ref_log_probs[at], args.kl_estimator)
-        loss = loss + kl_coef * mean(kl)
+        loss = loss + args.kl_coef * kl.mean()
     with torch.no_grad():
         clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
         stats = {
@@ -772,7 +708,7 @@ def ppo_loss(
 
 
 def update(
-    models: Models, args: Args, optimizer: Optimizer, minibatch: Batch, kl_coef: float
+    models: Models, args: Args, optimizer: Optimizer, minibatch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Take one step on a minibatch; return what to log of it, and its ratios (M,).
 
@@ -780,12 +716,10 @@ def update(
     """
     stats: dict[str, Any] = {}
     ratios = []
-    for columns in split(args.micro_batch_size, *minibatch):
+    for columns in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
         part = Batch(*columns)
         weight = part.mask.sum() / minibatch.mask.sum()  # of its mean in that of all tokens
-        if args.loss_average == "answers":
-            weight = len(part.mask) / len(minibatch.mask)
-        loss, figures, ratio = ppo_loss(models, args, part, kl_coef)
+        loss, figures, ratio = ppo_loss(models, args, part)
         (weight * loss).backward()
         stats = {name: stats.get(name, 0.0) + weight * x for name, x in figures.items()}
         ratios.append(ratio)
@@ -800,7 +734,6 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         # Adam's first steps are full-sized in every weight: without warm-up they ruin the policy.
         warmup = (iteration + 1) / args.warmup_iterations
         run.optimizer.param_groups[0]["lr"] = min(remaining, warmup) * args.learning_rate
-        kl_coef = models.kl_coef.item() if args.ref_kl_target else args.kl_coef
 
         # ---- [1] Rollout: the policy answers prompts, token by token ----------------------------
         texts = task.prompts(args.batch_size // group_size, run.shuffling)
@@ -815,7 +748,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         ref_read = partial(models.reference.log_prob_and_entropy, temperature=args.temperature)
         ref_log_probs, _ = in_parts(args.micro_batch_size, ref_read, prompts, responses)
         price = kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
-        price_coef = 0.0 if args.kl_in_loss else kl_coef
+        price_coef = 0.0 if args.kl_in_loss else args.kl_coef
         rewards = token_rewards(scores, price, mask, price_coef)
         episodic_return = rewards.sum(1).mean().item()  # score - beta KL
 
@@ -824,8 +757,6 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         if args.baseline == "group":  # the scores are compared, then V = 0 and lambda = 1
             scores_within = group_advantages(scores, group_size, args.group_advantage)
             rewards, gae_lambda = token_rewards(scores_within, price, mask, price_coef), 1.0
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
         total = rewards.sum(1, keepdim=True)  # (B, 1)
         values = torch.where(mask, values, 0.0)
         ends = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last action; a cut-off answer ends as well
@@ -854,7 +785,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             order = torch.as_tensor(run.shuffling.permutation(args.batch_size), device=run.device)
             for rows in order.tensor_split(args.num_minibatches):
                 minibatch = Batch(*(x[rows] for x in batch))
-                figures, ratio = update(models, args, run.optimizer, minibatch, kl_coef)
+                figures, ratio = update(models, args, run.optimizer, minibatch)
                 stats.append(figures)
                 ratios.append(ratio)
 
@@ -875,11 +806,8 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             **losses,
             "losses/first_ratio_error": (first_ratios - 1.0).abs().max().item(),
             "losses/explained_variance": 1.0 - unexplained.item(),
-            "losses/kl_coef": kl_coef,
+            "losses/kl_coef": args.kl_coef,
         }
-        if args.ref_kl_target is not None:
-            settings = (args.ref_kl_target, args.batch_size, args.kl_horizon)
-            models.kl_coef.fill_(adapt_kl_coef(kl_coef, kl, *settings))
         if run.end_iteration(metrics):
             break
 
@@ -892,7 +820,9 @@ def evaluate(
     rng, generator = streams(args, 4, run.device)
     prompts, blocks = task.prompts(args.eval_prompts, rng, held_out=True), []
     answers, greedy = [], []
-    for (texts,) in steps_of("evaluation", [*split(args.micro_batch_size, prompts)], run):
+    size = args.micro_batch_size
+    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    for texts in steps_of("evaluation", parts, run):
         greedy += answer(args, task, policy, texts, None).answers
         rollout = answer(args, task, policy, texts, generator)
         answers += rollout.answers

@@ -1,6 +1,6 @@
 """How near a policy of ppo_rlhf_toy.py is to the best one, which is known in closed form.
 
-    python -m benchmarks.rlhf_optimum runs/<folder>    # of a finished run with a fixed beta
+    python -m benchmarks.rlhf_optimum runs/<folder>    # of a finished run
 
 The best policy for score - beta KL is pi* = pi_ref exp(score / beta) / Z, and its J is
 J* = E_prompt[beta log Z], Z = E_ref[exp(score / beta)].
@@ -24,8 +24,9 @@ def rate(
 ) -> Tensor:
     """Return scores of a model's answers, and their log pi under each of the models: (1 + N, B)."""
     parts = []
-    for (some,) in rlhf.split(args.micro_batch_size, texts):
-        rollout = rlhf.answer(args, task, sampler, some, generator)
+    size = args.micro_batch_size
+    for i in range(0, len(texts), size):
+        rollout = rlhf.answer(args, task, sampler, texts[i : i + size], generator)
         read = (rollout.prompts, rollout.responses, args.temperature)
         densities = [model.log_prob_and_entropy(*read)[0] for model in models]
         log_pi = [torch.where(rollout.mask, x, 0.0).sum(1) for x in densities]
@@ -60,7 +61,7 @@ def known_optimum(
 def optimum_of(folder: Path) -> tuple[float | None, float | None]:
     """Return what `known_optimum` says of a finished run, None if its beta had no optimum."""
     saved, args = experiment.load_checkpoint(folder, rlhf.Args)
-    if args.kl_coef == 0.0 or args.ref_kl_target is not None:
+    if args.kl_coef == 0.0:
         return None, None
     task = rlhf.TASKS[args.task]  # a folder's own task is not imported
     models = rlhf.Models(args, task, learned=task.learned)

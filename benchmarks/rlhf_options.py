@@ -28,9 +28,7 @@ OPTIONS = {
     "Dr. GRPO": f"{GROUP} dr_grpo",
     "RLOO, k2 in the loss": f"{GROUP} rloo --kl-in-loss --kl-estimator k2",
     "GRPO, k3 in the loss": f"{GROUP} grpo --kl-in-loss --kl-estimator k3",
-    "averaged per answer": "--loss-average answers",
     "clip-higher 0.28": "--clip-coef-high 0.28",
-    "value head on the policy": "--share-trunk",
 }
 
 
@@ -85,7 +83,7 @@ def print_memory() -> None:
     flags += " --batch-size 16 --micro-batch-size 4 --num-minibatches 1 --update-epochs 1"
     flags += " --num-iterations 1 --sft-steps 1 --sft-batch-size 4 --eval-prompts 4"
     flags += " --task benchmarks.rlhf_gpt2:Echo"
-    for more in ("--baseline group", "--share-trunk", ""):
+    for more in ("--baseline group", ""):
         run = launch([ROOT / SCRIPT], [*flags.split(), *more.split()])
         print(f"{more or 'separate critic'}: {run.memory / 1024:.2f} GiB, {run.seconds:.0f} s")
 

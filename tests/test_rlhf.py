@@ -155,17 +155,13 @@ def test_padding_left_or_right_changes_nothing() -> None:
 
 def test_pad_embedding_and_later_words_are_not_seen() -> None:
     policy, (_, _, prompts, responses, *_) = sampled(Args())
-    before = policy.before(prompts, responses, policy.head)[0]
+    before = policy.before(prompts, responses)
     mask = rlhf.action_mask(responses, PAD)
     policy.word.weight[PAD] += 100.0
-    torch.testing.assert_close(
-        policy.before(prompts, responses, policy.head)[0][mask], before[mask]
-    )
+    torch.testing.assert_close(policy.before(prompts, responses)[mask], before[mask])
     changed = responses.clone()
     changed[:, 3:] = 5  # the logits of the first four tokens come from what stands before them
-    torch.testing.assert_close(
-        policy.before(prompts, changed, policy.head)[0][:, :4], before[:, :4]
-    )
+    torch.testing.assert_close(policy.before(prompts, changed)[:, :4], before[:, :4])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -262,29 +258,14 @@ def test_kl_penalty_is_the_kl_on_average(estimator: str, exact: bool) -> None:
     assert likelier > 0.3  # what the policy says more often than the reference costs
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_masked_whiten_equals_numpy(shift_mean: bool) -> None:
+def test_masked_whiten_equals_numpy() -> None:
     rng = np.random.default_rng(0)
     x, mask = 3.0 + 2.0 * rng.normal(size=(5, 7)), rng.random((5, 7)) < 0.6
-    got = rlhf.masked_whiten(torch.tensor(x), torch.tensor(mask), shift_mean).numpy()
+    got = rlhf.masked_whiten(torch.tensor(x), torch.tensor(mask)).numpy()
     real = x[mask]
-    expected = (real - real.mean()) / real.std(ddof=1) + (0.0 if shift_mean else real.mean())
+    expected = (real - real.mean()) / real.std(ddof=1)
     np.testing.assert_allclose(got[mask], expected, rtol=1e-6)
     assert (got[~mask] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("kl", "answers", "horizon", "expected"),
-    [
-        (2.0, 100, 1000, 0.1),
-        (2.2, 100, 1000, 0.1 * (1 + 0.1 * 0.1)),
-        (50.0, 100, 1000, 0.1 * (1 + 0.2 * 0.1)),  # the error is clipped to 0.2
-        (0.0, 100, 1000, 0.1 * (1 - 0.2 * 0.1)),
-        (0.0, 512, 100, 0.08),  # and never negative
-    ],
-)
-def test_adapt_kl_coef_moves_beta_towards_the_target(kl, answers, horizon, expected) -> None:
-    assert rlhf.adapt_kl_coef(0.1, kl, 2.0, answers, horizon) == pytest.approx(expected)
 
 
 def test_bradley_terry_loss_and_gradient_equal_those_by_hand() -> None:
@@ -333,9 +314,9 @@ def test_ppo_loss_equals_the_sum_over_tokens_by_hand(clip_vloss: bool, vf_coef: 
     batch = rlhf.Batch(
         prompts, responses, mask, old_log_probs, old_log_probs, advantages, returns, old_values
     )
-    loss, figures, ratio = rlhf.ppo_loss(models, args, batch, 0.0)
+    loss, figures, ratio = rlhf.ppo_loss(models, args, batch)
 
-    values, tokens = models.value.before(prompts, responses, models.value.head)[0][..., 0], []
+    values, tokens = models.value.before(prompts, responses)[..., 0], []
     for b, t in itertools.product(range(B), range(R)):
         if mask[b, t]:
             r, A = (log_probs[b, t] - old_log_probs[b, t]).exp().item(), advantages[b, t].item()
@@ -480,22 +461,6 @@ def test_gamma_discounts_the_score_at_the_first_word(gamma: float, run_ppo, monk
     torch.testing.assert_close(returns[0], gamma ** (length - 1) * scores)
 
 
-def test_whiten_rewards_changes_what_gae_gets_and_not_the_logged_return(
-    run_ppo, monkeypatch
-) -> None:
-    reference, metrics = random_model(tiny(), LENGTHS), []
-    calls, rewards = spy(monkeypatch, "gae", rlhf), spy(monkeypatch, "token_rewards", rlhf)
-    for whiten in (False, True):
-        args = tiny(num_iterations=1, whiten_rewards=whiten)
-        metrics += run_ppo(args, LENGTHS, reference).metrics
-    assert metrics[0]["charts/episodic_return"] == metrics[1]["charts/episodic_return"]
-    mask, plain = rewards[0].mask, rewards[0].result
-    assert torch.equal(calls[0].rewards.T, plain)
-    x = plain[mask]
-    expected = (x - x.mean()) / x.std() + x.mean()  # the mean does not move
-    torch.testing.assert_close(calls[1].rewards.T[mask], expected)
-
-
 def test_credit_response_gives_all_tokens_what_the_answer_earned(run_ppo, monkeypatch) -> None:
     losses, rewards = spy(monkeypatch, "ppo_loss", rlhf), spy(monkeypatch, "token_rewards", rlhf)
     args = tiny(num_iterations=1, credit="response", num_minibatches=1)
@@ -540,7 +505,7 @@ def test_first_ratio_error_shows_a_fault(fault: str, run_ppo, monkeypatch) -> No
     else:
 
         def shifted(*args):
-            return [torch.roll(output, 1, dims=1) for output in before(*args)]
+            return torch.roll(before(*args), 1, dims=1)
 
         monkeypatch.setattr(rlhf.Transformer, "before", shifted)
     rows = run_ppo(args, LENGTHS, random_model(args, LENGTHS)).metrics
@@ -757,14 +722,6 @@ def test_kl_after_ppo_falls_with_beta(run_ppo) -> None:
     assert kls[0] > 3 * kls[1] > 0
 
 
-def test_adaptive_beta_brings_the_kl_to_its_target(run_ppo) -> None:
-    args = proof_args(0.1, ref_kl_target=0.5, kl_horizon=250)
-    result = run_ppo(args, SPELLING, random_model(args, SPELLING))
-    rows = result.metrics
-    assert np.mean([row["objective/kl"] for row in rows[-10:]]) == pytest.approx(0.5, abs=0.2)
-    assert rows[-1]["losses/kl_coef"] > 0.5
-
-
 # ---- A run: what it writes, how it is continued and evaluated ----------------------------------
 
 
@@ -838,7 +795,6 @@ def test_reward_tensor_with_a_gradient_is_taken_as_a_number(credit: str, run_dir
         ([1.0] * 15, "16 finite numbers"),
         ([float("nan")] * 16, "16 finite numbers"),
         ([[1.0]] * 16, "16 finite numbers"),
-        (None, "list of numbers"),
     ],
 )
 def test_reward_function_without_a_finite_number_an_answer_is_refused(
@@ -865,7 +821,6 @@ def test_error_inside_the_reward_function_keeps_its_traceback(error: type, run_d
         ("--task chess", "--task chess"),
         ("--context-size 28", "--context-size 28"),
         ("--max-new-tokens 28", "--context-size 32"),
-        ("--kl-coef 0 --ref-kl-target 2", "--ref-kl-target"),
         ("--kl-coef -0.1", "--kl-coef"),
         ("--baseline group --group-size 7", "--group-size"),
         ("--temperature 0", "--temperature"),
@@ -918,7 +873,7 @@ def test_load_of_a_model_of_another_shape_is_one_line_and_leaves_no_folder(
 
 
 def die(*_: Any) -> None:
-    raise MemoryError("as a run that is killed")
+    raise RuntimeError("as a run that is killed")
 
 
 def interrupt(*_: Any) -> None:
@@ -945,7 +900,7 @@ def test_run_killed_in_stage_1_or_2_ends_after_a_resume_as_if_it_never_was(
     args = tiny(tmp_path / "parts")
     with monkeypatch.context() as patch:
         end_at(step, die, patch)
-        with pytest.raises(MemoryError):
+        with pytest.raises(RuntimeError, match="killed"):
             rlhf.train(args)
     stages = spy(monkeypatch, "sft", rlhf)
     policy, results = rlhf.train(dataclasses.replace(args, run_dir=None, resume=args.run_dir))
@@ -961,7 +916,7 @@ def test_resume_of_a_run_with_loaded_models_trains_none_of_them(
     loads = dict(load_sft=tmp_path / "whole", load_reward_model=tmp_path / "whole")
     with monkeypatch.context() as patch:
         end_at(1, die, patch)
-        with pytest.raises(MemoryError):
+        with pytest.raises(RuntimeError, match="killed"):
             rlhf.train(tiny(tmp_path / "parts", **loads))
     shutil.rmtree(tmp_path / "whole")
     monkeypatch.setattr(rlhf, "sft", die)
@@ -990,7 +945,7 @@ def test_ctrl_c_in_stage_1_or_2_is_one_line_and_the_run_can_be_resumed(
 def test_run_stopped_in_stage_3_ends_after_a_resume_as_if_it_never_was(
     flags: dict, tmp_path, lengths
 ) -> None:
-    flags = flags | dict(num_iterations=5, ref_kl_target=1.0, checkpoint_every=2)
+    flags = flags | dict(num_iterations=5, checkpoint_every=2)
     whole, expected = rlhf.train(tiny(tmp_path / "whole", **flags))
     _, stopped = rlhf.train(tiny(tmp_path / "parts", **flags), on_iteration=StopAfter(3))
     assert stopped["stopped"] == "on_iteration"
@@ -1017,7 +972,7 @@ def test_evaluate_of_a_run_killed_in_stage_3_takes_the_newest_checkpoint(
         if step == 64:
             die()
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(RuntimeError, match="killed"):
         rlhf.train(args, on_iteration=killed)
     assert not (run_dir / "results.json").exists()  # nothing of an earlier end stays
     before = snapshot(run_dir)
@@ -1125,7 +1080,7 @@ def test_demonstration_longer_than_the_context_is_a_user_error(run_dir) -> None:
 
 
 def test_tyro_reads_the_flags_that_the_tests_write() -> None:
-    args = tiny(Path("x"), baseline="group", ref_kl_target=2.0)
+    args = tiny(Path("x"), baseline="group", clip_coef_high=0.3)
     assert tyro.cli(Args, args=flags_of(args).split()) == args
 
 
@@ -1175,37 +1130,21 @@ def test_whitened_group_mean_is_that_of_reinforce_plus_plus(run_ppo, monkeypatch
     )
 
 
-@pytest.mark.parametrize("average", ["tokens", "answers"])
 @pytest.mark.parametrize("high", [None, 0.28])
-def test_policy_loss_equals_the_sum_of_the_papers(average: str, high: float | None) -> None:
-    """DAPO (Yu et al. 2025): eq. 10 of clip-higher, eq. 12 over tokens; GRPO's over answers."""
+def test_policy_loss_equals_the_sum_of_the_paper(high: float | None) -> None:
+    """DAPO (Yu et al. 2025): eq. 10 of clip-higher, eq. 12 over tokens."""
     rng = np.random.default_rng(15)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
     ratio, advantages = rng.uniform(0.5, 1.6, (3, 4)), rng.normal(size=(3, 4))
-    upper, answers = high or 0.2, []
+    upper, tokens = high or 0.2, []
     for i in range(3):
-        tokens = []
         for t in range(int(mask[i].sum())):
             clipped = min(max(ratio[i, t], 0.8), 1.0 + upper)
             tokens.append(min(ratio[i, t] * advantages[i, t], clipped * advantages[i, t]))
-        answers.append(tokens)
-    expected = sum(map(sum, answers)) / 7  # token-mean; TRL's loss_type dapo or bnpo
-    if average == "answers":  # seq-mean-token-mean; TRL's loss_type grpo
-        expected = sum(sum(tokens) / len(tokens) for tokens in answers) / 3
     r, A = (torch.tensor(x, dtype=torch.float32)[mask] for x in (ratio, advantages))
-    got = rlhf.loss_mean(rlhf.clipped_surrogate(r, A, 0.2, high), mask, average)
-    assert got.item() == pytest.approx(expected, abs=1e-5)
+    got = rlhf.clipped_surrogate(r, A, 0.2, high)
+    assert got.item() == pytest.approx(sum(tokens) / 7, abs=1e-5)
     assert ((ratio > 1.2) & (ratio < 1.28) & (advantages > 0) & mask.numpy()).any()
-
-
-def test_value_loss_of_rlhf_is_that_of_each_token() -> None:
-    values, old, returns = torch.tensor([[1.0, 3.0, 0.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
-    assert rlhf.value_loss(values, old, returns, None).tolist() == [0.5, 0.5, 2.0]
-    # Clipped at 0.5 the values are 1, 1.5, 0.5, and the larger errors 1, 1 and 4.
-    assert rlhf.value_loss(values, old, returns, 0.5).tolist() == [0.5, 0.5, 2.0]
-    assert rlhf.value_loss(torch.tensor([1.3]), old[:1], returns[:1], 0.2).tolist() == [
-        pytest.approx(0.5 * 0.8**2)
-    ]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -1244,7 +1183,7 @@ def test_kl_in_the_loss_leaves_the_reward_to_the_score(run_ppo, monkeypatch) -> 
     call = losses[1]  # the second iteration, in which the policy is not the reference any more
     loss, figures, _ = call.result
     log_probs, _, _ = call.models.read(call.batch.prompts, call.batch.responses, 1.0)
-    assert call.kl_coef == 0.7 and not torch.equal(call.batch.ref_log_probs, call.batch.log_probs)
+    assert not torch.equal(call.batch.ref_log_probs, call.batch.log_probs)
     kl = (call.batch.log_probs - call.batch.ref_log_probs)[call.batch.mask].square().mean() / 2
     expected = figures["policy_loss"] + 0.5 * figures["value_loss"] + 0.7 * kl
     torch.testing.assert_close(loss, expected)
@@ -1317,7 +1256,6 @@ def test_group_baseline_is_of_scores_alone(run_ppo, monkeypatch) -> None:
         dict(baseline="group", whiten_advantages=False, group_advantage="dr_grpo"),
         dict(baseline="group", whiten_advantages=False, kl_in_loss=True, kl_estimator="k2"),
         dict(baseline="group"),
-        dict(share_trunk=True),
     ],
     ids=str,
 )
@@ -1341,11 +1279,8 @@ def test_grpo_reaches_the_optimum_of_beta_times_the_deviation(run_ppo) -> None:
 # ---- Micro-batches -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("average", ["tokens", "answers"])
-@pytest.mark.parametrize("share_trunk", [False, True])
-def test_gradient_of_micro_batches_is_that_of_the_minibatch(average, share_trunk) -> None:
-    args = tiny(loss_average=average, share_trunk=share_trunk, kl_in_loss=True, kl_estimator="k3")
-    args = dataclasses.replace(args, ent_coef=0.3)
+def test_gradient_of_micro_batches_is_that_of_the_minibatch() -> None:
+    args = tiny(kl_in_loss=True, kl_estimator="k3", kl_coef=0.4, ent_coef=0.3)
     _, (_, _, prompts, responses, *_) = sampled(args)
     models = rlhf.Models(args, REVIEWS, learned=False)
     parameters = [x for x in models.parameters() if x.requires_grad]
@@ -1361,7 +1296,7 @@ def test_gradient_of_micro_batches_is_that_of_the_minibatch(average, share_trunk
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rlhf, "descend", lambda *_: [x.grad.clone() for x in parameters])
             cut = dataclasses.replace(args, micro_batch_size=size)
-            stats, ratios = rlhf.update(models, cut, optimizer, batch, 0.4)
+            stats, ratios = rlhf.update(models, cut, optimizer, batch)
         optimizer.zero_grad()
         gradients.append(stats.pop("grad_norm"))
         figures.append(stats)
@@ -1373,15 +1308,10 @@ def test_gradient_of_micro_batches_is_that_of_the_minibatch(average, share_trunk
         assert figures[0][name].item() == pytest.approx(figures[1][name].item(), abs=1e-5)
 
 
-def test_sft_in_micro_batches_learns_what_it_learns_in_one_batch() -> None:
-    models = [rlhf.sft(tiny(micro_batch_size=size), REVIEWS, NoRun) for size in (512, 3)]
-    for whole, parts in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
-
-
 def test_no_model_gets_more_answers_than_a_micro_batch(tmp_path, lengths, monkeypatch) -> None:
-    calls = spy(monkeypatch, "features", rlhf.Transformer)
-    rlhf.train(tiny(tmp_path / "run", micro_batch_size=4, num_iterations=1, sft_steps=2))
+    calls = spy(monkeypatch, "forward", rlhf.Transformer)
+    sizes = dict(micro_batch_size=4, sft_batch_size=4)
+    rlhf.train(tiny(tmp_path / "run", num_iterations=1, sft_steps=2, **sizes))
     assert max(len(call.tokens) for call in calls) == 4
 
 
@@ -1470,23 +1400,6 @@ def test_network_of_ones_own_is_all_four_models(run_dir, monkeypatch) -> None:
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
     assert torch.equal(state["policy.head.weight"], state["policy.word.weight"])
     assert not torch.equal(state["policy.head.weight"], state["reference.head.weight"])
-
-
-def test_shared_trunk_serves_both_losses_in_one_pass(run_ppo, monkeypatch) -> None:
-    args = tiny(share_trunk=True, num_iterations=1)
-    calls = spy(monkeypatch, "features", rlhf.Transformer)
-    losses = spy(monkeypatch, "ppo_loss", rlhf)
-    state = run_ppo(args, LENGTHS, random_model(args, LENGTHS)).state
-    assert not part(state, "value") and state["value_head.weight"].abs().max() > 0
-    models = losses[0].models
-    calls.clear()
-    batch = losses[0].batch
-    _, _, values = models.read(batch.prompts, batch.responses, 1.0)
-    assert len(calls) == 1
-    values.sum().backward()
-    assert models.policy.word.weight.grad.abs().max() > 0  # the critic's loss pulls at the trunk
-    optimized = {id(x) for x in models.parameters() if x.requires_grad}
-    assert id(models.value_head.weight) in optimized
 
 
 # ---- What an attacker found --------------------------------------------------------------------

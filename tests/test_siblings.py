@@ -14,7 +14,7 @@ SIBLINGS = ["ppo_discrete", "ppo_continuous", "ppo_atari", "ppo_lstm"]
 SCRIPTS = [*SIBLINGS, "ppo_rlhf_toy"]
 # experiment.py is to come down to 700 lines, ppo_rlhf_toy.py to 850; until then they may not grow.
 LINES = {name: 400 for name in SIBLINGS} | dict(ppo_lstm=430)
-LINES |= dict(ppo_rlhf_toy=1003, experiment=1197, gae=85)
+LINES |= dict(ppo_rlhf_toy=933, experiment=1197, gae=85)
 
 
 def source(name: str) -> str:
@@ -60,15 +60,16 @@ def test_network_of_the_siblings_is_equal_letter_by_letter() -> None:
     assert text_of("ppo_continuous", "mlp") == text_of("ppo_discrete", "mlp")
 
 
-@pytest.mark.parametrize("function", ["clipped_surrogate", "value_loss"])
-def test_loss_of_rlhf_is_that_of_the_siblings_before_the_mean(function: str) -> None:
-    """The same lines of code, but for what its own options add; its mean has a choice."""
-    lines = [
-        {ast.unparse(node) for node in ast.walk(definition(name, function).body[-1])}
+def test_value_loss_of_rlhf_is_equal_to_that_of_the_siblings() -> None:
+    assert text_of("ppo_rlhf_toy", "value_loss") == text_of("ppo_discrete", "value_loss")
+
+
+def test_surrogate_of_rlhf_differs_from_that_of_the_siblings_only_in_the_upper_bound() -> None:
+    ours, theirs = (
+        [ast.unparse(node) for node in definition(name, "clipped_surrogate").body]
         for name in ("ppo_rlhf_toy", "ppo_discrete")
-    ]
-    theirs = ast.unparse(definition("ppo_discrete", function).body[-1])
-    assert theirs.removeprefix("return ").removesuffix(".mean()") in lines[0]
+    )
+    assert [x.replace("(clip_coef_high or clip_coef)", "clip_coef") for x in ours] == theirs
 
 
 @pytest.mark.parametrize("name", ["ppo_continuous", "ppo_atari"])
