@@ -24,7 +24,7 @@ RLOO (Ahmadian et al. 2024, arXiv 2402.14740), GRPO (Shao et al. 2024, arXiv 240
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
 
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -258,8 +258,11 @@ def find_task(name: str) -> Task:
     module, _, class_name = name.rpartition(":")
     sys.path.append("")  # the folder in which the command was typed
     found = None
-    if module and importlib.util.find_spec(module):
-        found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module) if module else None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # your module is there, and imports one that is not
     if not hasattr(found, class_name):
         raise UserError(f"--task {name} is unknown: choose {' or '.join(TASKS)}, or module:Class")
     return getattr(found, class_name)()

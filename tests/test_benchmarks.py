@@ -28,6 +28,7 @@ from benchmarks import (
     pitfalls,
     rlhf,
     rlhf_details,
+    rlhf_options,
     run,
     scaling,
     speed,
@@ -584,6 +585,12 @@ def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     line = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32").line(tmp_path)
     (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
     assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
+    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")  # finished: only read
+    (option,) = rlhf_options.line(run, tmp_path, 0)
+    assert {name: option[name] for name in line} == line
+    assert option["option"] == "default" and option["optimum_kl"] > 0.0
+    table = rlhf_options.markdown([option | {"task": "reviews", "gold": 0.5}])
+    assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} ± 0.00 |")
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1362,7 +1362,9 @@ def test_task_of_ones_own_trains_from_the_folder_of_the_command(
     assert status == 0 and again[again.index("SFT") :] == out[out.index("SFT") :]
 
 
-@pytest.mark.parametrize("name", ["nothing:Echo", "my_task:Other", ":Echo", "my_task:"])
+@pytest.mark.parametrize(
+    "name", ["nothing:Echo", "nothing.sub:Echo", "my_task:Other", ":Echo", "my_task:"]
+)
 def test_task_that_is_not_there_is_one_line(name: str, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "my_task.py").write_text("")
     monkeypatch.chdir(tmp_path)
