@@ -1177,7 +1177,8 @@ def parse(cls: type) -> Any:
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
     saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
     if ":" in saved.subject and typed.subject != saved.subject:  # to import it would run its code
-        raise UserError(f"the run wants to import {saved.subject}: type --env-id to allow that")
+        flag = next(x for x in ("env_id", "task") if hasattr(saved, x)).replace("_", "-")
+        raise UserError(f"the run wants to import {saved.subject}: type --{flag} to allow that")
     return tyro.cli(cls, default=saved)
 
 

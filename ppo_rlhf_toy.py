@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "gymnasium>=1.1", "numpy", "tensorboard", "tyro", "tqdm"]
-# ///
 """PPO for language models: the whole RLHF pipeline in one file that reads from top to bottom.
 
     python ppo_rlhf_toy.py                      # gold .45 -> .97 in about a minute on one CPU core
@@ -14,7 +10,7 @@
 Each iteration of `ppo` has five parts:
     [1] Rollout     the policy answers B prompts, token by token
     [2] Score       the reward function rates each answer; leaving the reference costs each token
-    [3] Advantages  the value model values every token, GAE turns rewards into advantages
+    [3] Advantages  from a value model and GAE, or from a group of answers to each prompt (GRPO)
     [4] Update      K epochs of minibatches on the clipped surrogate and the value loss
     [5] Log         averages over the iteration
 
@@ -23,14 +19,18 @@ M response tokens in a minibatch. A token is an action, an answer is an episode.
 on the left, responses on the right, so that all responses begin in the same column.
 
 What is not PPO (run folder, checkpoints, command line) stands in experiment.py.
-Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), RLHF (Ziegler et al. 2019, arXiv 1909.08593).
+Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), RLHF (Ziegler et al. 2019, arXiv 1909.08593),
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740), GRPO (Shao et al. 2024, arXiv 2402.03300).
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
 
+import importlib
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +45,6 @@ import experiment
 from experiment import Run, RunArgs, UserError
 from gae import gae
 
-PAD, EOS = 0, 1  # two tokens: if they were one, a mask of the padding would hide EOS (N details)
 # Takes prompts and responses as texts without EOS, and returns one score for each pair.
 RewardFunction = Callable[[list[str], list[str]], list[float] | Tensor]
 
@@ -54,7 +53,8 @@ RewardFunction = Callable[[list[str], list[str]], list[float] | Tensor]
 class Args(RunArgs):
     """Train the four models of RLHF, then evaluate the policy."""
 
-    task: str = "reviews"  # reviews with a learned reward, or arithmetic with a verifiable one.
+    # reviews with a learned reward, arithmetic with a verifiable one, or module:Task of yours.
+    task: str = "reviews"
     load_sft: Path | None = None  # Skip stage 1 and take the SFT model of the run in this folder.
     load_reward_model: Path | None = None  # Skip stage 2 and take the reward model of this run.
     checkpoint_every: int = 10  # Iterations of PPO between checkpoints. The last is always saved.
@@ -65,8 +65,9 @@ class Args(RunArgs):
     d_model: int = 64  # Width of the transformers.
     context_size: int = 32  # Most tokens that a prompt and its response have together.
     max_new_tokens: int = 24  # Most tokens of a response, which is cut off there.
+    micro_batch_size: int = 512  # Most answers in a model at once; gradients are accumulated.
 
-    sft_steps: int = 500  # Updates of stage 1. Arithmetic takes up to ten times as many.
+    sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
     sft_accuracy: float = 0.46  # Accuracy that ends stage 1 of arithmetic.
     sft_batch_size: int = 64  # Demonstrations in an update of stage 1.
     sft_learning_rate: float = 3e-3  # Learning rate of stage 1, which falls linearly to 0.
@@ -85,24 +86,25 @@ class Args(RunArgs):
     num_minibatches: int = 4  # Minibatches in one pass over the batch.
     temperature: float = 1.0  # Temperature of the softmax, in sampling and in training.
     kl_coef: float = 0.1  # Beta: what one nat of KL(policy, reference) costs.
-    ref_kl_target: float | None = None  # Adapt beta so that an answer's KL stays at this, in nats.
-    kl_horizon: int = 500  # Answers in which the adaptive beta moves by a fifth at most.
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # Estimator of a token's KL (Schulman 2020).
+    kl_in_loss: bool = False  # Put the KL into the loss, with k2 or k3, instead of the reward.
     missing_eos_penalty: float = 1.0  # Penalty on the score of a response that was cut off.
     value_init: Literal["reward", "policy"] = "reward"  # Model that the value model starts from.
-    baseline: Literal["critic", "group"] = "critic"  # A critic, or the mean of a group of answers.
+    baseline: Literal["critic", "group"] = "critic"  # A critic, or a group of answers.
     group_size: int = 8  # Answers to each prompt with baseline group.
+    group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # See group_advantages.
+    whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
-    whiten_rewards: bool = False  # Scale rewards to standard deviation 1.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
     gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
     clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
+    clip_coef_high: float | None = None  # Epsilon above 1, if it differs (clip-higher, DAPO).
     clip_vloss: bool = True  # Clip the value loss by clip_coef as well (N details).
     ent_coef: float = 0.0  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 1.0  # Limit of the gradient's global norm.
 
-    fixed = "task num_layers num_heads d_model context_size baseline"  # in the trained networks
+    fixed = "task num_layers num_heads d_model context_size baseline"  # in the networks
     fixed_to_resume = "seed batch_size"
     unit = "answers"
 
@@ -110,25 +112,21 @@ class Args(RunArgs):
     def subject(self) -> str:
         return self.task
 
-    @property
-    def wants_gpu(self) -> bool:
-        return self.d_model >= 512  # a smaller network is faster on the CPU
-
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
         super().check()
-        self.check_range("eval_prompts num_layers num_heads d_model max_new_tokens sft_steps", 1)
-        self.check_range("sft_batch_size rm_pairs rm_epochs rm_batch_size num_iterations", 1)
-        self.check_range("warmup_iterations update_epochs kl_horizon", 1)
-        self.check_range("batch_size group_size", 2)
+        self.check_range("d_model context_size max_new_tokens num_heads rm_epochs", 1, 2**13)
+        self.check_range("num_layers", 1, 1e9 / 12 / self.d_model**2)  # a billion weights
+        self.check_range("sft_batch_size rm_batch_size micro_batch_size", 1, 2**17)
+        self.check_range("rm_pairs eval_prompts", 1, 2**20)
+        self.check_range("batch_size group_size", 2, 2**17)
+        self.check_range("sft_steps num_iterations warmup_iterations update_epochs", 1)
         self.check_range("kl_coef missing_eos_penalty ent_coef", 0)
         self.check_range("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1)
-        self.check_range("learning_rate sft_learning_rate rm_learning_rate ref_kl_target", 1e-12)
-        self.check_range("clip_coef vf_coef max_grad_norm", 1e-12)
+        self.check_range("learning_rate sft_learning_rate rm_learning_rate", 1e-12)
+        self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm", 1e-12)
         self.check_range("temperature", 1e-3)
-        if self.task not in TASKS:
-            raise UserError(f"--task {self.task} is unknown: choose {' or '.join(TASKS)}")
-        task = TASKS[self.task]
+        task = find_task(self.task)
         batch_size = self.batch_size or task.batch_size
         self.check_range("num_minibatches", 1, batch_size)
         self.check_range("context_size", task.prompt_size + self.max_new_tokens + 1)  # and an EOS
@@ -136,28 +134,52 @@ class Args(RunArgs):
             raise UserError(f"--d-model {self.d_model} must divide by --num-heads")
         if self.baseline == "group" and batch_size % self.group_size:
             raise UserError(f"--batch-size {batch_size} must divide by --group-size")
-        if self.ref_kl_target and not self.kl_coef:
-            raise UserError("--ref-kl-target needs --kl-coef above 0")
+        if self.kl_in_loss and self.kl_estimator == "k1":
+            raise UserError("--kl-in-loss: the gradient of k1 is 0 on average, --kl-estimator k2")
 
 
-class Task:
-    """Words, prompts, demonstrations, and `gold`, the true worth of an answer in [0, 1]."""
+class Tokenizer:
+    """Turns texts into tokens and back."""
 
-    words: list[str]  # the vocabulary after PAD and EOS
-    separator = " "  # between the words of a text
-    grammar: re.Pattern  # of an answer
-    prompt_size: int  # tokens of the longest prompt
-    learned: bool  # whether PPO sees the scores of a reward model, or gold itself
-    batch_size, num_iterations, update_epochs = 128, 40, 4  # defaults of the flags
+    pad, eos = 0, 1  # two tokens: if they were one, a mask of padding would hide EOS (N details)
+
+    def __init__(self, words: list[str], separator: str = " "):
+        self.words, self.separator = ["<pad>", "<eos>", *words], separator
+
+    def __len__(self) -> int:
+        return len(self.words)
 
     def encode(self, text: str) -> list[int]:
         words = text.split(self.separator) if self.separator and text else text
-        return [2 + self.words.index(word) for word in words]
+        return [self.words.index(word) for word in words]
 
-    def decode(self, responses: Tensor) -> list[str]:
-        """Return the texts of responses (B, R), without EOS and padding."""
-        rows = responses.tolist()
-        return [self.separator.join(self.words[t - 2] for t in row if t > EOS) for row in rows]
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens among which are neither PAD nor EOS."""
+        return self.separator.join(self.words[token] for token in tokens)
+
+    def block(self, rows: Iterable[list[int]], left: bool, device: torch.device) -> Tensor:
+        """Return sequences of tokens as (B, longest), padded on the left or on the right."""
+        tensors, side = [torch.tensor(row) for row in rows], "left" if left else "right"
+        return nn.utils.rnn.pad_sequence(tensors, True, self.pad, side).to(device)
+
+
+class Task:
+    """What is asked, and what an answer is worth. A task of your own has to define
+
+    tokenizer, prompt_size            and what else should differ from the defaults here
+    prompts(count, rng, held_out)     draw prompts, held-out ones for the evaluation
+    demonstration(prompt, rng)        write an answer for stage 1 to imitate
+    gold(prompt, response)            return the true worth of an answer, in [0, 1]
+    """
+
+    tokenizer: Tokenizer
+    prompt_size: int  # tokens of the longest prompt
+    learned = False  # whether PPO sees the scores of a reward model, or gold itself
+    grammar = re.compile(".*", re.DOTALL)  # of an answer
+    batch_size, num_iterations, update_epochs, sft_steps = 128, 40, 4, 500  # defaults of the flags
+
+    def network(self, args: Args, head_size: int) -> "Transformer":
+        return Transformer(args, self.tokenizer, head_size)
 
     def grammatical(self, response: str) -> bool:
         return self.grammar.fullmatch(response) is not None
@@ -174,7 +196,7 @@ class Reviews(Task):
     bad = tuple("bad awful dirty cold dull horrible poor noisy broken".split())
     adverbs = tuple("very really quite rather".split())
     rest = tuple(": the was and but . i would gladly never return".split())
-    words = [*rest, *nouns, *good, *bad, *adverbs]
+    tokenizer = Tokenizer([*rest, *nouns, *good, *bad, *adverbs])
     prompt_size, learned = 4, True
     clause = f"the ({'|'.join(nouns)}) was (?:(?:{'|'.join(adverbs)}) )?({'|'.join(good + bad)})"
     closing = r" \. i would (gladly|never) return"
@@ -210,10 +232,10 @@ class Reviews(Task):
 class Arithmetic(Task):
     """Answer "27+8=". The answer can be checked, so there is no reward model."""
 
-    words, separator = list("0123456789+="), ""
+    tokenizer = Tokenizer(list("0123456789+="), separator="")
     grammar = re.compile("0|[1-9][0-9]*")
-    prompt_size, learned = 6, False
-    batch_size, num_iterations, update_epochs = 512, 120, 2  # answers are short
+    prompt_size = 6
+    batch_size, num_iterations, update_epochs, sft_steps = 512, 120, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
         pairs = rng.integers(0, 100, (10 * count + 100, 2)).tolist()  # a seventh is held out
@@ -227,6 +249,23 @@ class Arithmetic(Task):
 
 
 TASKS: dict[str, Task] = {"reviews": Reviews(), "arithmetic": Arithmetic()}
+
+
+def find_task(name: str) -> Task:
+    """Return a task of this file, or import one of yours from module:Class."""
+    if name in TASKS:
+        return TASKS[name]
+    module, _, class_name = name.rpartition(":")
+    sys.path.append("")  # the folder in which the command was typed
+    found = None
+    try:
+        found = importlib.import_module(module) if module else None
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # your module is there, and imports one that is not
+    if not hasattr(found, class_name):
+        raise UserError(f"--task {name} is unknown: choose {' or '.join(TASKS)}, or module:Class")
+    return getattr(found, class_name)()
 
 
 class Block(nn.Module):
@@ -254,11 +293,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small GPT-2 without dropout, which would move the ratio away from 1 (N details)."""
+    """A small GPT-2 without dropout, which would move the ratio away from 1 (N details).
 
-    def __init__(self, args: Args, vocab_size: int, head_size: int):
+    A network of your own overrides `__init__` and `forward`, and has a linear layer `head`.
+    """
+
+    def __init__(self, args: Args, tokenizer: Tokenizer, head_size: int):
         super().__init__()
-        self.word = nn.Embedding(vocab_size, args.d_model)
+        self.tokenizer = tokenizer
+        self.word = nn.Embedding(len(tokenizer), args.d_model)
         self.position = nn.Embedding(args.context_size, args.d_model)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.num_layers))
         self.norm, self.head = nn.LayerNorm(args.d_model), nn.Linear(args.d_model, head_size)
@@ -271,11 +314,10 @@ class Transformer(nn.Module):
         seen = tokens
         if cache is not None:  # keys and values stay valid: no token attends to a later one
             seen = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
-        real, S, total = seen != PAD, tokens.shape[1], seen.shape[1]
-        if total > self.position.num_embeddings:
-            raise UserError(
-                f"--context-size {self.position.num_embeddings}: a text has {total} tokens"
-            )
+        real, S, total = seen != self.tokenizer.pad, tokens.shape[1], seen.shape[1]
+        size = self.position.num_embeddings
+        if total > size:
+            raise UserError(f"--context-size {size}: a text has {total} tokens")
         # Positions count real tokens, so padding on the left changes nothing (N details).
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -S:]
         column = torch.arange(total, device=tokens.device)
@@ -287,30 +329,28 @@ class Transformer(nn.Module):
             x = block(x, visible, cache)
         return self.head(self.norm(x))
 
+    def log_softmax(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return log pi (..., V). With another temperature anywhere, the first ratio is not 1."""
+        logits = logits / temperature
+        logits[..., self.tokenizer.pad] = -1e9  # padding is not an action
+        return F.log_softmax(logits, dim=-1)
+
+    def before(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """Return the output (B, R, head) one position before each response token."""
+        return self(torch.cat([prompts, responses], dim=1))[:, prompts.shape[1] - 1 : -1]
+
     def log_prob_and_entropy(
         self, prompts: Tensor, responses: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Return log pi of the response tokens and the policy's entropy in nats, both (B, R)."""
-        log_pi = log_softmax(self.before(prompts, responses), temperature)  # (B, R, V)
+        log_pi = self.log_softmax(self.before(prompts, responses), temperature)  # (B, R, V)
         log_probs = log_pi.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
         return log_probs, -(log_pi.exp() * log_pi).sum(-1)
 
-    def before(self, prompts: Tensor, responses: Tensor) -> Tensor:
-        """Return the head's output (B, R, head) one position before each response token."""
-        return self(torch.cat([prompts, responses], dim=1))[:, prompts.shape[1] - 1 : -1]
-
-
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Return log pi (..., V). With another temperature anywhere, the first ratio is not 1."""
-    logits = logits / temperature
-    logits[..., PAD] = -1e9  # padding is not an action
-    return F.log_softmax(logits, dim=-1)
-
 
 def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = None) -> Transformer:
-    """Return a transformer with a scalar head or one for words, new or with `trunk`'s weights."""
-    vocab_size = 2 + len(task.words)
-    model = Transformer(args, vocab_size, head_size=1 if scalar else vocab_size)
+    """Return a network with a scalar head or one for words, new or with `trunk`'s weights."""
+    model = task.network(args, 1 if scalar else len(task.tokenizer))
     if trunk is not None:
         weights = {k: v for k, v in trunk.state_dict().items() if not k.startswith("head")}
         model.load_state_dict(weights, strict=False)
@@ -324,14 +364,25 @@ class Models(nn.Module):
         super().__init__()
         self.policy = make_model(args, task, scalar=False)
         self.reference = make_model(args, task, scalar=False).requires_grad_(False)
-        self.value = make_model(args, task, scalar=True) if args.baseline == "critic" else None
-        scorer = make_model(args, task, scalar=True).requires_grad_(False)
-        self.reward_model = scorer if learned else None
+        self.value = self.reward_model = None
+        if args.baseline == "critic":
+            self.value = make_model(args, task, scalar=True)
+        if learned:
+            self.reward_model = make_model(args, task, scalar=True).requires_grad_(False)
         self.has_reference = nn.Buffer(torch.tensor(False))
         self.has_reward_model = nn.Buffer(torch.tensor(False))
         self.has_policy = nn.Buffer(torch.tensor(False))
         self.reward_model_quality = nn.Buffer(torch.zeros(2, dtype=torch.float64))  # see stage 2
-        self.kl_coef = nn.Buffer(torch.tensor(args.kl_coef, dtype=torch.float64))  # adaptive beta
+
+    def read(
+        self, prompts: Tensor, responses: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log pi of the tokens, the policy's entropy, and V before each token: (B, R)."""
+        log_probs, entropies = self.policy.log_prob_and_entropy(prompts, responses, temperature)
+        values = torch.zeros_like(log_probs)
+        if self.value is not None:
+            values = self.value.before(prompts, responses).squeeze(-1)
+        return log_probs, entropies, values
 
     def take(self, name: str, args: Args, folder: Path) -> None:
         """Take the reference or the reward model from the run in another folder."""
@@ -355,10 +406,11 @@ def streams(args: Args, stage: int, device: torch.device) -> tuple[np.random.Gen
     return np.random.default_rng(seeds[2]), Generator(device).manual_seed(seeds[1])
 
 
-def pad(sequences: list[list[int]], left: bool, device: torch.device) -> Tensor:
-    """Return sequences of tokens as one block (B, longest), padded on the left or the right."""
-    rows, side = [torch.tensor(sequence) for sequence in sequences], "left" if left else "right"
-    return nn.utils.rnn.pad_sequence(rows, True, PAD, side).to(device)
+@torch.no_grad()
+def in_parts(size: int, function: Callable, *columns: Tensor) -> list[Tensor]:
+    """Call a function that returns tensors on at most `size` rows at a time; join the tensors."""
+    parts = [function(*part) for part in zip(*(x.split(size) for x in columns))]
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 class Rollout(NamedTuple):
@@ -369,6 +421,13 @@ class Rollout(NamedTuple):
     prompts: Tensor  # (B, P)
     responses: Tensor  # (B, R)
     log_probs: Tensor  # (B, R), of the responses, as they were sampled
+    mask: Tensor  # (B, R), which tokens are actions
+    ended: Tensor  # (B,), whether the policy ended its answer, which else was cut off
+
+
+def action_mask(responses: Tensor, pad: int) -> Tensor:
+    """Return which of (B, R) are actions: all but the padding. EOS is one: ending is a choice."""
+    return responses != pad
 
 
 @torch.no_grad()
@@ -376,20 +435,23 @@ def generate(
     args: Args, policy: Transformer, prompts: Tensor, generator: Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Answer prompts (B, P), greedily if no `generator`; return tokens and log pi, both (B, R)."""
-    responses = prompts.new_full((len(prompts), args.max_new_tokens), PAD)
+    pad, eos = policy.tokenizer.pad, policy.tokenizer.eos
+    responses = prompts.new_full((len(prompts), args.max_new_tokens), pad)
     log_probs = torch.zeros(responses.shape, device=prompts.device)
     running = torch.ones_like(prompts[:, :1], dtype=torch.bool)  # (B, 1)
     cache: dict = {}
     new = prompts  # the tokens that the cache does not know yet
     for t in range(args.max_new_tokens):
-        log_pi = log_softmax(policy(new, cache)[:, -1], args.temperature)
+        log_pi = policy.log_softmax(policy(new, cache)[:, -1], args.temperature)
+        if not log_pi.isfinite().all():
+            raise UserError("the policy is not finite: lower --learning-rate, --sft-learning-rate")
         if generator is None:
             token = log_pi.argmax(-1, keepdim=True)  # (B, 1)
         else:  # from all words: top-k 0, top-p 1 (N details)
             token = torch.multinomial(log_pi.exp(), 1, generator=generator)
         log_probs[:, t : t + 1] = torch.where(running, log_pi.gather(-1, token), 0.0)
-        new = responses[:, t : t + 1] = torch.where(running, token, PAD)
-        running = running & (token != EOS)
+        new = responses[:, t : t + 1] = torch.where(running, token, pad)
+        running = running & (token != eos)
         if not running.any():
             break
     return responses, log_probs
@@ -398,165 +460,56 @@ def generate(
 def answer(
     args: Args, task: Task, policy: Transformer, texts: list[str], generator: Generator | None
 ) -> Rollout:
-    """Answer prompts given as texts, 512 at a time."""
-    prompts = pad([task.encode(text) for text in texts], True, policy.head.weight.device)
-    parts = [generate(args, policy, part, generator) for part in prompts.split(512)]
-    responses, log_probs = (torch.cat(blocks) for blocks in zip(*parts))
-    longest = action_mask(responses).sum(1).max()
-    responses, log_probs = responses[:, :longest], log_probs[:, :longest]
-    return Rollout(texts, task.decode(responses), prompts, responses, log_probs)
+    """Answer prompts given as texts."""
+    tokenizer, device = task.tokenizer, policy.head.weight.device
+    prompts = tokenizer.block(map(tokenizer.encode, texts), True, device)
+    responses, log_probs = in_parts(
+        args.micro_batch_size, lambda some: generate(args, policy, some, generator), prompts
+    )
+    mask = action_mask(responses, tokenizer.pad)
+    longest = mask.sum(1).max()
+    responses, log_probs, mask = (x[:, :longest] for x in (responses, log_probs, mask))
+    ended = (responses == tokenizer.eos).any(1)
+    rows, lengths = responses.tolist(), (mask.sum(1) - ended.int()).tolist()
+    answers = [tokenizer.decode(row[:length]) for row, length in zip(rows, lengths)]
+    return Rollout(texts, answers, prompts, responses, log_probs, mask, ended)
 
 
-def action_mask(responses: Tensor) -> Tensor:
-    """Return which of (B, R) are actions: all but the padding. EOS is one: ending is a choice."""
-    return responses != PAD
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return -mean(log P) of scores (B,), P = sigmoid(chosen - rejected): the judge chose so."""
-    return -F.logsigmoid(chosen - rejected).mean()
-
-
-def read_scores(task: Task, model: Transformer, prompts: list[str], responses: list[str]) -> Tensor:
-    """Return a reward model's scores (B,): its output at EOS (N details)."""
-    pairs = zip(prompts, responses)
-    rows = [[*task.encode(prompt), *task.encode(response), EOS] for prompt, response in pairs]
-    tokens = pad(rows, True, model.head.weight.device)
-    return model(tokens)[:, -1, 0]  # padding on the left puts every EOS last
-
-
-def score_answers(args: Args, reward_fn: RewardFunction, rollout: Rollout) -> Tensor:
-    """Return scores (B,): the reward of each answer, less a penalty where EOS is missing."""
-    rewards, responses = reward_fn(rollout.texts, rollout.answers), rollout.responses
-    try:
-        scores = torch.as_tensor(rewards, dtype=torch.float32).detach().to(responses.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the reward function must return a list of numbers: {error}") from error
-    if scores.shape != responses.shape[:1] or not scores.isfinite().all():
-        raise UserError(f"the reward function must return {len(responses)} finite numbers")
-    return scores - args.missing_eos_penalty * (responses != EOS).all(1)
-
-
-def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
-    """Return an estimate of KL(policy, reference) in nats from each sampled token, (B, R)."""
-    log_ratio = log_probs - ref_log_probs
-    if estimator == "k2":
-        return log_ratio.square() / 2.0
-    if estimator == "k3":
-        return (-log_ratio).exp() - 1.0 + log_ratio
-    return log_ratio  # k1: the only one that, as a reward, has the gradient of the KL
-
-
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Return -beta KL of each token, plus the score on a response's last action: (B, R)."""
-    rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
-
-
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Return `x` with standard deviation 1, and mean 0 if asked, under the mask; 0 elsewhere."""
-    mean, std = x[mask].mean(), x[mask].std()
-    return torch.where(mask, (x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean), 0.0)
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
-    """Return beta, moved in proportion to the KL's relative error (Ziegler et al. 2019, 2.2)."""
-    error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * min(answers / horizon, 1.0))
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """Return mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), to be maximised (PPO eq. 7).
-
-    The min is pessimistic: outside the range gains no longer count, but losses still do.
-    """
-    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
-    return torch.min(ratio * advantages, clipped * advantages).mean()
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """Return mean((V - returns)^2) / 2.
-
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
-    """
-    errors = (values - returns).square()
-    if clip is not None:
-        clipped = old_values + (values - old_values).clamp(-clip, clip)
-        errors = torch.max(errors, (clipped - returns).square())
-    return 0.5 * errors.mean()
-
-
-class Batch(NamedTuple):
-    """The answers of a rollout, or a minibatch of them."""
-
-    prompts: Tensor  # (B, P)
-    responses: Tensor  # (B, R)
-    mask: Tensor  # (B, R), which tokens are actions
-    log_probs: Tensor  # (B, R), of the actions, under the policy that took them
-    advantages: Tensor  # (B, R)
-    returns: Tensor  # (B, R), targets of the value model
-    values: Tensor  # (B, R), as the value model saw them before the update
-
-
-def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Return the loss to minimise, minus PPO's eq. 9; what to log of it; and the ratios (M,)."""
-    mask = batch.mask  # keeps the padding out of all that follows
-    prompts, responses = batch.prompts, batch.responses
-    log_probs, entropies = models.policy.log_prob_and_entropy(prompts, responses, args.temperature)
-    log_ratio = log_probs[mask] - batch.log_probs[mask]  # (M,)
-    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
-    surrogate = clipped_surrogate(ratio, batch.advantages[mask], args.clip_coef)
-    v_loss = torch.zeros_like(surrogate)
-    if models.value is not None:
-        values = models.value.before(prompts, responses).squeeze(-1)[mask]
-        value_clip = args.clip_coef if args.clip_vloss else None
-        v_loss = value_loss(values, batch.values[mask], batch.returns[mask], value_clip)
-    entropy = entropies[mask].mean()
-    loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
-    with torch.no_grad():
-        stats = {
-            "policy_loss": -surrogate,
-            "value_loss": v_loss.detach(),
-            "entropy": entropy.detach(),
-            "approx_kl": (ratio - 1.0 - log_ratio).mean(),  # KL(old, new) in nats
-            "clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
-        }
-    return loss, stats, ratio.detach()
-
-
-def descend(optimizer: Optimizer, loss: Tensor, args: Args) -> Tensor:
-    """Take one step down the loss; return the norm of its gradient before clipping."""
-    optimizer.zero_grad()
-    loss.backward()
-    parameters = optimizer.param_groups[0]["params"]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-    optimizer.step()
-    return grad_norm
-
-
-def steps_of(stage: str, steps: int, run: Run) -> Iterator[int]:
-    """Count the steps of a stage behind a progress bar. Ctrl-C ends the run here."""
-    for step in tqdm(range(steps), stage, disable=None):
+def steps_of(stage: str, steps: Iterable, run: Run) -> Iterator:
+    """Yield the steps of a stage behind a progress bar. Ctrl-C ends the run here."""
+    for step in tqdm(steps, stage, disable=None):
         if run.stopped:
-            raise UserError(f"stopped in the stage {stage}, which --resume {run.folder} restarts")
+            again = f", which --resume {run.folder} restarts" if run.folder else ""
+            raise UserError(f"stopped in the stage {stage}{again}")
         yield step
 
 
+def descend(optimizer: Optimizer, args: Args) -> Tensor:
+    """Take one step down the gradient; return its norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
 def sft(args: Args, task: Task, run: Run) -> Transformer:
-    """Stage 1, supervised fine-tuning: return a model that imitates demonstrations."""
+    """Return a model that imitates demonstrations."""
     rng, generator = streams(args, 1, run.device)
+    tokenizer = task.tokenizer
     model = make_model(args, task, scalar=False).to(run.device)
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
-    steps = args.sft_steps if task.learned else 10 * args.sft_steps
-    for step in steps_of("SFT", steps, run):
-        optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1.0 - step / steps)
+    for step in steps_of("SFT", range(args.sft_steps), run):
+        optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1.0 - step / args.sft_steps)
         texts = task.prompts(args.sft_batch_size, rng)
-        prompts = pad([task.encode(text) for text in texts], True, run.device)
-        demonstrations = [[*task.encode(task.demonstration(text, rng)), EOS] for text in texts]
-        responses = pad(demonstrations, False, run.device)
+        replies = [[*tokenizer.encode(task.demonstration(x, rng)), tokenizer.eos] for x in texts]
+        prompts = tokenizer.block(map(tokenizer.encode, texts), True, run.device)
+        responses = tokenizer.block(replies, False, run.device)
+        mask = action_mask(responses, tokenizer.pad)
         log_probs, _ = model.log_prob_and_entropy(prompts, responses, 1.0)
-        loss = -log_probs[action_mask(responses)].mean()
-        descend(optimizer, loss, args)
+        loss = -log_probs[mask].sum() / mask.sum()
+        loss.backward()
+        descend(optimizer, args)
         if step % 25 == 24:
             run.writer.add_scalars("sft/loss", {"stage_1": loss.item()}, step + 1)
         if step % 25 == 24 and not task.learned:
@@ -569,10 +522,26 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
     return model.requires_grad_(False)
 
 
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return -mean(log P) of scores (B,), P = sigmoid(chosen - rejected): the judge chose so."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def read_scores(
+    args: Args, task: Task, model: Transformer, prompts: list[str], responses: list[str]
+) -> Tensor:
+    """Return a reward model's scores (B,): its output at EOS (N details)."""
+    encode, eos = task.tokenizer.encode, task.tokenizer.eos
+    rows = [[*encode(prompt), *encode(reply), eos] for prompt, reply in zip(prompts, responses)]
+    tokens = task.tokenizer.block(rows, True, model.head.weight.device)
+    # Padding on the left puts every EOS last.
+    return torch.cat([model(some)[:, -1, 0] for some in tokens.split(args.micro_batch_size)])
+
+
 def train_reward_model(
     args: Args, task: Task, run: Run, reference: Transformer
 ) -> tuple[Transformer, Tensor]:
-    """Stage 2: return a model of a judge's taste; its accuracy and its correlation with gold."""
+    """Return a model of a judge's taste; its accuracy and its correlation with gold."""
     rng, generator = streams(args, 2, run.device)
     model = make_model(args, task, scalar=True, trunk=reference).to(run.device)
     held_out = max(args.rm_pairs // 4, 16)
@@ -590,15 +559,16 @@ def train_reward_model(
 
     def compare(some_pairs: list[tuple[str, str, str]]) -> tuple[Tensor, ...]:
         texts, chosen, rejected = map(list, zip(*some_pairs))
-        return read_scores(task, model, texts * 2, chosen + rejected).chunk(2)
+        return read_scores(args, task, model, texts * 2, chosen + rejected).chunk(2)
 
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
     orders = [torch.as_tensor(rng.permutation(len(pairs))) for _ in range(args.rm_epochs)]
     batches = [rows for order in orders for rows in order.split(args.rm_batch_size)]
-    for step in steps_of("reward model", len(batches), run):
+    for step in steps_of("reward model", range(len(batches)), run):
         optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1.0 - step / len(batches))
         loss = bradley_terry_loss(*compare([pairs[i] for i in batches[step].tolist()]))
-        descend(optimizer, loss, args)
+        loss.backward()
+        descend(optimizer, args)
         if step % 25 == 24:
             run.writer.add_scalars("reward_model/loss", {"stage_2": loss.item()}, step + 1)
     model.requires_grad_(False)
@@ -608,7 +578,9 @@ def train_reward_model(
         raise UserError(f"--rm-min-accuracy: only {accuracy:.2f}, raise --rm-pairs or --sft-steps")
     texts = task.prompts(512, rng)
     answers = answer(args, task, reference, texts, generator).answers
-    scores = read_scores(task, model, texts, answers)
+    scores = read_scores(args, task, model, texts, answers)
+    if not 0.0 < scores.std() < torch.inf:
+        raise UserError("the reward model is constant or not finite: lower --rm-learning-rate")
     correlation = np.corrcoef(scores.cpu(), task.gold_scores(texts, answers))[0, 1]
     # Mean 0 and standard deviation 1 on the reference's answers (N details) give beta a scale.
     model.head.bias.sub_(scores.mean()).div_(scores.std())
@@ -616,43 +588,179 @@ def train_reward_model(
     return model, torch.tensor([accuracy, correlation], dtype=torch.float64)
 
 
+def score_answers(args: Args, reward_fn: RewardFunction, rollout: Rollout) -> Tensor:
+    """Return scores (B,): the reward of each answer, less a penalty where EOS is missing."""
+    rewards, ended = reward_fn(rollout.texts, rollout.answers), rollout.ended
+    scores = torch.as_tensor(rewards, dtype=torch.float32).detach().to(ended.device)
+    if scores.shape != ended.shape or not scores.isfinite().all():
+        raise UserError(f"the reward function must return {len(ended)} finite numbers")
+    return scores - args.missing_eos_penalty * ~ended
+
+
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
+    """Return an estimate of KL(policy, reference) in nats from each sampled token.
+
+    As a reward only k1 has the gradient of the KL; in the loss only k2 has it. In the loss k3 has
+    the gradient of KL(reference, policy).
+    """
+    log_ratio = log_probs - ref_log_probs
+    if estimator == "k2":
+        return log_ratio.square() / 2.0
+    if estimator == "k3":
+        return (-log_ratio).exp() - 1.0 + log_ratio
+    return log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Return -beta KL of each token, plus the score on a response's last action: (B, R)."""
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+
+
+def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
+    """Return by how much each score exceeds those of the other answers to its prompt, (B,).
+
+    dr_grpo: s - mean. rloo: s - mean of the others, which is K / (K - 1) as much.
+    grpo: (s - mean) / standard deviation.
+    """
+    groups = scores.view(-1, group_size)  # (B / K, K)
+    advantages = groups - groups.mean(1, keepdim=True)
+    # Of equal scores only a rounding error is left, which a deviation or Adam would blow up.
+    is_tie = advantages.abs() < 1e-6 * groups.abs().amax(1, keepdim=True)
+    advantages = advantages.masked_fill(is_tie, 0.0)
+    if kind == "rloo":
+        advantages = advantages * group_size / (group_size - 1)
+    if kind == "grpo":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-6)
+    return advantages.flatten()
+
+
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Return `x` with mean 0 and standard deviation 1 under the mask, and 0 elsewhere."""
+    mean, std = x[mask].mean(), x[mask].std()
+    varies = std > 1e-6 * x[mask].abs().max()  # beyond rounding errors
+    return torch.where(mask & varies, (x - mean) / (std + 1e-8), 0.0)
+
+
+class Batch(NamedTuple):
+    """The answers of a rollout, or a minibatch of them."""
+
+    prompts: Tensor  # (B, P)
+    responses: Tensor  # (B, R)
+    mask: Tensor  # (B, R), which tokens are actions
+    log_probs: Tensor  # (B, R), of the actions, under the policy that took them
+    ref_log_probs: Tensor  # (B, R), of the actions, under the reference
+    advantages: Tensor  # (B, R)
+    returns: Tensor  # (B, R), targets of the value model
+    values: Tensor  # (B, R), as the value model saw them before the update
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_coef: float, clip_coef_high: float | None = None
+) -> Tensor:
+    """Return mean(min(r A, clip(r, 1 - eps, 1 + eps) A)), to be maximised (PPO eq. 7).
+
+    The min is pessimistic: outside the range gains no longer count, but losses still do.
+    """
+    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + (clip_coef_high or clip_coef))
+    return torch.min(ratio * advantages, clipped * advantages).mean()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """Return mean((V - returns)^2) / 2.
+
+    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    """
+    errors = (values - returns).square()
+    if clip is not None:
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        errors = torch.max(errors, (clipped - returns).square())
+    return 0.5 * errors.mean()
+
+
+def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Return the loss to minimise, minus PPO's eq. 9; what to log of it; and the ratios (M,)."""
+    log_probs, entropies, values = models.read(batch.prompts, batch.responses, args.temperature)
+    # The places of the actions keep the padding out. A GPU waits here once, at each x[mask] again.
+    at = batch.mask.nonzero(as_tuple=True)
+    log_probs, entropies, values = log_probs[at], entropies[at], values[at]  # each (M,)
+    log_ratio = log_probs - batch.log_probs[at]
+    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
+    clip_low, clip_high = args.clip_coef, args.clip_coef_high or args.clip_coef
+
+    surrogate = clipped_surrogate(ratio, batch.advantages[at], clip_low, clip_high)
+    v_loss = torch.zeros_like(surrogate)
+    if args.baseline == "critic":
+        value_clip = args.clip_coef if args.clip_vloss else None
+        v_loss = value_loss(values, batch.values[at], batch.returns[at], value_clip)
+    entropy = entropies.mean()
+    loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
+    if args.kl_in_loss:
+        kl = kl_penalty(log_probs, batch.ref_log_probs[at], args.kl_estimator)
+        loss = loss + args.kl_coef * kl.mean()
+    with torch.no_grad():
+        clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
+        stats = {
+            "policy_loss": -surrogate,
+            "value_loss": v_loss.detach(),
+            "entropy": entropy.detach(),
+            "approx_kl": (ratio - 1.0 - log_ratio).mean(),  # KL(old, new) in nats
+            "clipfrac": clipped.float().mean(),
+        }
+    return loss, stats, ratio.detach()
+
+
+def update(
+    models: Models, args: Args, optimizer: Optimizer, minibatch: Batch
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Take one step on a minibatch; return what to log of it, and its ratios (M,).
+
+    Its gradient is the sum of those of its micro-batches (gradient accumulation).
+    """
+    stats: dict[str, Any] = {}
+    ratios = []
+    for columns in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
+        part = Batch(*columns)
+        weight = part.mask.sum() / minibatch.mask.sum()  # of its mean in that of all tokens
+        loss, figures, ratio = ppo_loss(models, args, part)
+        (weight * loss).backward()
+        stats = {name: stats.get(name, 0.0) + weight * x for name, x in figures.items()}
+        ratios.append(ratio)
+    return stats | {"grad_norm": descend(optimizer, args)}, torch.cat(ratios)
+
+
 def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunction) -> None:
-    """Stage 3: train the policy, which starts as the reference, and the value model, if any."""
+    """Train the policy, which starts as the reference, and the value model, if any."""
     group_size = args.group_size if args.baseline == "group" else 1
     for iteration in range(run.iteration, args.num_iterations):
         remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
         # Adam's first steps are full-sized in every weight: without warm-up they ruin the policy.
         warmup = (iteration + 1) / args.warmup_iterations
         run.optimizer.param_groups[0]["lr"] = min(remaining, warmup) * args.learning_rate
-        kl_coef = models.kl_coef.item() if args.ref_kl_target else args.kl_coef
 
         # ---- [1] Rollout: the policy answers prompts, token by token ----------------------------
         texts = task.prompts(args.batch_size // group_size, run.shuffling)
         texts = [text for text in texts for _ in range(group_size)]
         rollout = answer(args, task, models.policy, texts, run.sampling)
-        prompts, responses = rollout.prompts, rollout.responses
-        mask = action_mask(responses)  # (B, R)
+        prompts, responses, mask = rollout.prompts, rollout.responses, rollout.mask
 
         # ---- [2] Score: one number for each answer, at its EOS; every token pays for its KL -----
         scores = score_answers(args, reward_fn, rollout)  # (B,)
-        with torch.no_grad():
-            read = (prompts, responses, args.temperature)
-            log_probs, _ = models.policy.log_prob_and_entropy(*read)  # (B, R)
-            ref_log_probs, _ = models.reference.log_prob_and_entropy(*read)
-            if models.value is not None:
-                values = models.value.before(prompts, responses).squeeze(-1)  # (B, R)
+        read = partial(models.read, temperature=args.temperature)
+        log_probs, _, values = in_parts(args.micro_batch_size, read, prompts, responses)  # (B, R)
+        ref_read = partial(models.reference.log_prob_and_entropy, temperature=args.temperature)
+        ref_log_probs, _ = in_parts(args.micro_batch_size, ref_read, prompts, responses)
         price = kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
-        rewards = token_rewards(scores, price, mask, kl_coef)
+        price_coef = 0.0 if args.kl_in_loss else args.kl_coef
+        rewards = token_rewards(scores, price, mask, price_coef)
         episodic_return = rewards.sum(1).mean().item()  # score - beta KL
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
 
         # ---- [3] Advantages: GAE along the answers ----------------------------------------------
-        total = rewards.sum(1, keepdim=True)  # (B, 1)
         gae_lambda = args.gae_lambda
-        if models.value is None:
-            group_mean = total.view(-1, group_size).mean(1).repeat_interleave(group_size)
-            values, gae_lambda = group_mean[:, None], 1.0
+        if args.baseline == "group":  # the scores are compared, then V = 0 and lambda = 1
+            scores_within = group_advantages(scores, group_size, args.group_advantage)
+            rewards, gae_lambda = token_rewards(scores_within, price, mask, price_coef), 1.0
+        total = rewards.sum(1, keepdim=True)  # (B, 1)
         values = torch.where(mask, values, 0.0)
         ends = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last action; a cut-off answer ends as well
         advantages, returns = gae(  # takes time first, hence .T
@@ -668,8 +776,11 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         if args.credit == "response":  # a bandit: the answer is one action, valued before it
             advantages = (total - values[:, :1]).expand_as(values)
             returns = total.expand_as(values)
-        advantages = masked_whiten(advantages, mask)
-        batch = Batch(prompts, responses, mask, log_probs, advantages, returns, values)
+        if args.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        batch = Batch(
+            prompts, responses, mask, log_probs, ref_log_probs, advantages, returns, values
+        )
 
         # ---- [4] Update: K epochs of shuffled minibatches ---------------------------------------
         stats, ratios = [], []  # of each minibatch
@@ -677,9 +788,8 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             order = torch.as_tensor(run.shuffling.permutation(args.batch_size), device=run.device)
             for rows in order.tensor_split(args.num_minibatches):
                 minibatch = Batch(*(x[rows] for x in batch))
-                loss, figures, ratio = ppo_loss(models, args, minibatch)
-                grad_norm = descend(run.optimizer, loss, args)
-                stats.append(figures | {"grad_norm": grad_norm})
+                figures, ratio = update(models, args, run.optimizer, minibatch)
+                stats.append(figures)
                 ratios.append(ratio)
 
         # ---- [5] Log: means over the iteration --------------------------------------------------
@@ -695,71 +805,48 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             "objective/score": scores.mean().item(),
             "objective/gold": float(np.mean(task.gold_scores(texts, rollout.answers))),
             "objective/kl": kl,
-            "objective/eos_rate": (responses == EOS).any(1).float().mean().item(),
+            "objective/eos_rate": rollout.ended.float().mean().item(),
             **losses,
             "losses/first_ratio_error": (first_ratios - 1.0).abs().max().item(),
             "losses/explained_variance": 1.0 - unexplained.item(),
-            "losses/kl_coef": kl_coef,
+            "losses/kl_coef": args.kl_coef,
         }
-        if args.ref_kl_target is not None:
-            settings = (args.ref_kl_target, args.batch_size, args.kl_horizon)
-            models.kl_coef.fill_(adapt_kl_coef(kl_coef, kl, *settings))
         if run.end_iteration(metrics):
             break
 
 
 @torch.no_grad()
-def log_density(args: Args, model: Transformer, rollout: Rollout) -> Tensor:
-    """Return a model's log pi of whole answers, (B,)."""
-    log_probs, _ = model.log_prob_and_entropy(rollout.prompts, rollout.responses, args.temperature)
-    return torch.where(action_mask(rollout.responses), log_probs, 0.0).sum(1)
-
-
 def evaluate(
-    args: Args, task: Task, policy: Transformer, reference: Transformer, reward_fn: RewardFunction
+    args: Args, task: Task, run: Run, models: Models, policy: Transformer, score: RewardFunction
 ) -> dict[str, float]:
-    """Answer fresh prompts; print some answers, return means over all of them."""
-    rng, generator = streams(args, 4, policy.head.weight.device)
-    texts = task.prompts(args.eval_prompts, rng, held_out=True)
-    greedy = answer(args, task, policy, texts, None).answers
-    rollout = answer(args, task, policy, texts, generator)
-    kl = log_density(args, policy, rollout) - log_density(args, reference, rollout)
-    for text, reply in zip(texts[:4], rollout.answers):
+    """Let a model answer fresh prompts; print some answers, return means over all of them."""
+    rng, generator = streams(args, 4, run.device)
+    prompts, blocks = task.prompts(args.eval_prompts, rng, held_out=True), []
+    answers, greedy = [], []
+    size = args.micro_batch_size
+    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    for texts in steps_of("evaluation", parts, run):
+        greedy += answer(args, task, policy, texts, None).answers
+        rollout = answer(args, task, policy, texts, generator)
+        answers += rollout.answers
+        read = (rollout.prompts, rollout.responses, args.temperature)
+        log_pi, log_ref = (x.log_prob_and_entropy(*read)[0] for x in (policy, models.reference))
+        kl = torch.where(rollout.mask, log_pi - log_ref, 0.0).sum(1)
+        lengths, scores = rollout.mask.sum(1), score_answers(args, score, rollout)
+        blocks.append(torch.stack([scores, kl, lengths, rollout.ended]))
+    for text, reply in zip(prompts[:4], answers):
         experiment.say(f"    {text} {reply}")
+    proxy, kl, length, eos_rate = torch.cat(blocks, dim=1).mean(1).tolist()
     return {
-        "gold": np.mean(task.gold_scores(texts, rollout.answers)).item(),
-        "proxy": score_answers(args, reward_fn, rollout).mean().item(),
-        "grammatical": np.mean(list(map(task.grammatical, rollout.answers))).item(),
-        "greedy_gold": np.mean(task.gold_scores(texts, greedy)).item(),
-        "kl": kl.mean().item(),
-        "length": action_mask(rollout.responses).sum(1).float().mean().item(),
-        "eos_rate": (rollout.responses == EOS).any(1).float().mean().item(),
-        "distinct": len(set(rollout.answers)) / len(texts),
+        "gold": np.mean(task.gold_scores(prompts, answers)).item(),
+        "proxy": proxy,
+        "grammatical": np.mean(list(map(task.grammatical, answers))).item(),
+        "greedy_gold": np.mean(task.gold_scores(prompts, greedy)).item(),
+        "kl": kl,
+        "length": length,
+        "eos_rate": eos_rate,
+        "distinct": len(set(answers)) / len(prompts),
     }
-
-
-def optimum_share(
-    args: Args, task: Task, policy: Transformer, reference: Transformer, reward_fn: RewardFunction
-) -> float | None:
-    """Return (J(policy) - J(reference)) / (J* - J(reference)), J = E[score - beta KL].
-
-    J* = E_prompt[beta log Z], Z = E_ref[exp(score / beta)]. The reference hardly ever samples what
-    the best policy prefers, so half the samples for Z are the policy's (importance sampling).
-    """
-    if args.kl_coef == 0.0 or args.ref_kl_target is not None:
-        return None  # there is no optimum
-    rng, generator = streams(args, 5, policy.head.weight.device)
-    texts = [text for text in task.prompts(64, rng, held_out=True) for _ in range(32)]
-    rollouts = [answer(args, task, model, texts, generator) for model in (policy, reference)]
-    # (64, 64): a row for each prompt, the policy's 32 samples before the reference's.
-    score = torch.cat([score_answers(args, reward_fn, x).view(64, 32) for x in rollouts], dim=1)
-    log_pi = torch.cat([log_density(args, policy, x).view(64, 32) for x in rollouts], dim=1)
-    log_ref = torch.cat([log_density(args, reference, x).view(64, 32) for x in rollouts], dim=1)
-    log_mixture = torch.logaddexp(log_pi, log_ref) - np.log(2.0)
-    log_z = (log_ref - log_mixture + score / args.kl_coef).logsumexp(1) - np.log(64.0)
-    reached = (score - args.kl_coef * (log_pi - log_ref))[:, :32].mean()
-    start, best = score[:, 32:].mean(), args.kl_coef * log_z.mean()
-    return ((reached - start) / (best - start)).item()
 
 
 def train(
@@ -770,23 +857,24 @@ def train(
     `on_iteration(step, metrics)` is called after each iteration of PPO; True ends the training.
     """
     args.check()
-    task = TASKS[args.task]
-    for name in ("num_iterations", "batch_size", "update_epochs"):
+    task = find_task(args.task)
+    for name in ("num_iterations", "batch_size", "update_epochs", "sft_steps"):
         if getattr(args, name) is None:
             args = replace(args, **{name: getattr(task, name)})
     with Run(args, on_iteration) as run:
         if experiment.world_size() > 1:
             raise UserError("this script runs in one process: start it without torchrun")
         models = Models(args, task, learned=task.learned and reward_fn is None).to(run.device)
-        if args.load_sft is not None:
-            models.take("reference", args, args.load_sft)
-        if args.load_reward_model is not None:
-            models.take("reward_model", args, args.load_reward_model)
+        loads = (("reference", args.load_sft), ("reward_model", args.load_reward_model))
+        for name, folder in loads:
+            if folder is not None:
+                models.take(name, args, folder)
         trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
         optimizer = Adam(trained, eps=1e-5, fused=True)
         run.shuffling, run.sampling = streams(args, 3, run.device)
         run.start(models, optimizer)
-        if args.evaluate and not models.has_policy:
+        learned = models.has_reward_model or models.reward_model is None
+        if args.evaluate and not (models.has_reference and learned and models.has_policy):
             raise UserError(f"--evaluate {args.evaluate}: it has no policy yet, --resume it")
         run.save()  # from now on the run can be resumed
 
@@ -805,13 +893,13 @@ def train(
                 models.reward_model_quality.copy_(quality)
                 models.has_reward_model.fill_(True)
                 run.save()
-            score = partial(read_scores, task, models.reward_model)
+            score = partial(read_scores, args, task, models.reward_model)
 
         # ---- Stage 3: PPO ----------------------------------------------------------------------
         if not models.has_policy:
             models.policy.load_state_dict(models.reference.state_dict())
+            streams(args, 3, run.device)  # seeds the head of a value model
             if models.value is not None:
-                streams(args, 3, run.device)  # seeds the head
                 first = make_model(args, task, scalar=True, trunk=models.reference)
                 if args.value_init == "reward" and models.reward_model is not None:
                     first = models.reward_model  # it can tell good from bad (N details)
@@ -819,28 +907,27 @@ def train(
             models.has_policy.fill_(True)
             run.save()
         ppo(args, task, run, models, score)
-        if run.stopped:
+        stopped, run.stopped = run.stopped or None, ""  # another signal ends the evaluation
+        if stopped:
             experiment.say(f"stopped after {run.global_step} answers")
 
         # ---- Evaluation: the reference and the policy on fresh prompts ---------------------------
         experiment.say("SFT answers:")
-        before = evaluate(args, task, models.reference, models.reference, score)
+        before = evaluate(args, task, run, models, models.reference, score)
         experiment.say("PPO answers:")
-        after = evaluate(args, task, models.policy, models.reference, score)
-        share = optimum_share(args, task, models.policy, models.reference, score)
+        after = evaluate(args, task, run, models, models.policy, score)
         experiment.say(f"{args.eval_prompts} fresh prompts        SFT       PPO")
         for name in after:
             experiment.say(f"    {name:16}{before[name]:10.3f}{after[name]:10.3f}")
-        if share is not None:
-            experiment.say(f"    optimum_share{share:23.3f}")
         results = {"task": args.task, "seed": args.seed, "kl_coef": args.kl_coef}
-        results |= {"run_dir": str(run.folder or args.evaluate), "stopped": run.stopped or None}
+        results |= {"run_dir": str(run.folder or args.evaluate), "stopped": stopped}
         results |= {f"sft_{name}": x for name, x in before.items()} | after
         if models.reward_model is not None:
             results["rm_accuracy"], results["rm_correlation"] = models.reward_model_quality.tolist()
-        if not task.learned:
+        if task is TASKS["arithmetic"]:
             results = {name.replace("gold", "accuracy"): x for name, x in results.items()}
-        results["optimum_share"] = share
+        # JSON has no NaN and no infinity.
+        results |= {k: None for k, x in results.items() if isinstance(x, float) and not isfinite(x)}
         run.write_results(results)
         return models.policy, results
 

@@ -19,6 +19,7 @@ import tyro
 
 from benchmarks import figures
 from benchmarks.jobs import ROOT, Finished, Job, Shared, commit, launch, read, run_jobs
+from benchmarks.rlhf_optimum import optimum_of
 
 SCRIPT = "ppo_rlhf_toy.py"
 # Of results.json; a task leaves empty what it has no measure of.
@@ -70,7 +71,8 @@ class RlhfRun:
     def line(self, runs: Path, core: object = None) -> dict[str, object]:
         """Train and return the table's line."""
         at, run = commit(), self.train(runs, core)
-        line = {name: run.results.get(name) for name in MEASURES}
+        share, _ = optimum_of(Path(run.results["run_dir"]))
+        line = {name: (run.results | {"optimum_share": share}).get(name) for name in MEASURES}
         line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
         errors = [float(row["losses/first_ratio_error"]) for row in run.metrics]
         line["first_ratio_error"] = float(f"{max(errors):.2g}")

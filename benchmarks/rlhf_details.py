@@ -32,9 +32,9 @@ def count_padding(forward: Callable, model, tokens, cache=None):
         return forward(model, tokens, cache)
 
 
-def read_early(read_scores: Callable, task, model, *texts):
+def read_early(read_scores: Callable, args, task, model, *texts):
     with model.register_forward_hook(lambda _, __, output: output[:, :-1]):
-        return read_scores(task, model, *texts)
+        return read_scores(args, task, model, *texts)
 
 
 def default_scalar_head(make_model: Callable, args, task, scalar, trunk=None):
@@ -48,9 +48,9 @@ def scores_as_learned(train_reward_model: Callable, *args):
     """Give the head back what it was when it last scored answers, to be normalised by them."""
     heads = []
 
-    def read_scores(original: Callable, task, model, *texts):
+    def read_scores(original: Callable, args, task, model, *texts):
         heads.append(copy.deepcopy(model.head))
-        return original(task, model, *texts)
+        return original(args, task, model, *texts)
 
     with wrapped(toy, {"read_scores": read_scores}):
         model, quality = train_reward_model(*args)
@@ -62,20 +62,16 @@ def sampled_at_07(generate: Callable, args, *rest):
     return generate(dataclasses.replace(args, temperature=0.7), *rest)
 
 
-def eos_is_no_action(ppo: Callable, *args):
-    plain = toy.action_mask
-
-    def action_mask(_: Callable, responses):
-        # An empty answer keeps it, for without an action the score had no place.
-        mask = plain(responses)
-        return mask & ((responses != toy.EOS) | (mask.sum(1, keepdim=True) == 1))
-
+def eos_is_no_action(ppo: Callable, args, task, *rest):
     def answer(original: Callable, *args):
-        with wrapped(toy, {"action_mask": lambda _, responses: plain(responses)}):
-            return original(*args)
+        # An empty answer keeps it, for without an action the score had no place.
+        rollout = original(*args)
+        empty = rollout.mask.sum(1, keepdim=True) == 1
+        is_eos = rollout.responses == task.tokenizer.eos
+        return rollout._replace(mask=rollout.mask & (~is_eos | empty))
 
-    with wrapped(toy, {"action_mask": action_mask, "answer": answer}):
-        ppo(*args)
+    with wrapped(toy, {"answer": answer}):
+        ppo(args, task, *rest)
 
 
 def dropout(init: Callable, block, *sizes):
@@ -91,7 +87,6 @@ class RlhfChange(Change):
     after: Literal["", "SFT", "reward model"] = "reward model"
 
 
-MOVED = {"masked_whiten": fixed(shift_mean=True)}
 CHANGES = [
     RlhfChange("positions count padding", wraps={"Transformer.forward": count_padding}, after=""),
     RlhfChange(
@@ -123,10 +118,7 @@ CHANGES = [
         "sign of the KL turned",
         wraps={"token_rewards": lambda f, scores, kl, *rest: f(scores, -kl, *rest)},
     ),
-    RlhfChange("beta adapted to 2 nats", "--ref-kl-target 2"),
-    RlhfChange("advantages not whitened", wraps={"masked_whiten": lambda _, x, mask, **shift: x}),
-    RlhfChange("rewards whitened", "--whiten-rewards"),
-    RlhfChange("rewards whitened, their mean moved", "--whiten-rewards", MOVED),
+    RlhfChange("advantages not whitened", wraps={"masked_whiten": lambda _, x, mask: x}),
     RlhfChange("one advantage for the whole answer", "--credit response"),
     RlhfChange("the group's mean for a critic", "--baseline group"),
 ]

@@ -261,9 +261,9 @@ def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
     task, device = toy.TASKS["reviews"], torch.device("cpu")
     rng, generator = toy.streams(args, 1, device)
     model = toy.make_model(args, task, scalar=False).requires_grad_(False)
-    model.head.bias[toy.EOS] = -1e9
+    model.head.bias[task.tokenizer.eos] = -1e9
     texts = task.prompts(batch_size, rng)
-    prompts = toy.pad([task.encode(text) for text in texts], True, device)
+    prompts = task.tokenizer.block(map(task.tokenizer.encode, texts), True, device)
     best = [0.0, 0.0]
     for i in range(2 * repeats):  # in turns, so that both meet the same noise
         with jobs.wrapped(toy, {"Transformer.forward": without_cache} if i % 2 else {}):

@@ -166,17 +166,17 @@ def answer(run_dir: Path) -> None:
     task = rlhf.TASKS[args.task]
     models = rlhf.Models(args, task, learned=task.learned)
     models.load_state_dict(saved["agent"])
-    policy, reference, value = models.policy, models.reference, models.value
+    policy, reference = models.policy, models.reference
     texts = ["pool :", "staff bath :"]  # of different length, so that there is padding
     generator = torch.Generator().manual_seed(1)
     rollout = rlhf.answer(args, task, policy, texts, generator)
     prompts, responses = rollout.prompts, rollout.responses
-    reward_fn = functools.partial(rlhf.read_scores, task, models.reward_model)
+    reward_fn = functools.partial(rlhf.read_scores, args, task, models.reward_model)
     scores = rlhf.score_answers(args, reward_fn, rollout)
-    mask = rlhf.action_mask(responses)
-    log_probs, _ = policy.log_prob_and_entropy(prompts, responses, args.temperature)
+    mask = rollout.mask
+    log_probs, _, values = models.read(prompts, responses, args.temperature)
     ref_log_probs, _ = reference.log_prob_and_entropy(prompts, responses, args.temperature)
-    values = torch.where(mask, value.before(prompts, responses).squeeze(-1), 0.0)
+    values = torch.where(mask, values, 0.0)
     kl = rlhf.kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
     rewards = rlhf.token_rewards(scores, kl, mask, args.kl_coef)
     ends = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
@@ -184,18 +184,18 @@ def answer(run_dir: Path) -> None:
     columns = (x.T for x in (rewards, values, next_values, ends, ends))
     advantages, returns = (x.T for x in gae(*columns, args.gamma, args.gae_lambda))
 
-    words = ["<pad>", "<eos>", *task.words]
+    words = task.tokenizer.words
     header = "answer token attention_mask action_mask log_prob ref_log_prob kl reward value return "
     with open(DATA / "answer.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*header.split(), "advantage"])
         for i in range(len(texts)):
             for token in prompts[i].tolist():
-                writer.writerow([i, words[token], int(token != rlhf.PAD), 0] + [""] * 7)
+                writer.writerow([i, words[token], int(token != task.tokenizer.pad), 0] + [""] * 7)
             for t, token in enumerate(responses[i].tolist()):
                 row = (log_probs, ref_log_probs, kl, rewards, values, returns, advantages)
                 cells = [f"{x[i, t].item():.3f}" if mask[i, t] else "" for x in row]
-                seen = int(token != rlhf.PAD)
+                seen = int(token != task.tokenizer.pad)
                 writer.writerow([i, words[token], seen, int(mask[i, t]), *cells])
     print(f"written: {DATA / 'answer.csv'}, scores {scores.tolist()}")
 

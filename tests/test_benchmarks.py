@@ -28,6 +28,7 @@ from benchmarks import (
     pitfalls,
     rlhf,
     rlhf_details,
+    rlhf_options,
     run,
     scaling,
     speed,
@@ -180,15 +181,14 @@ def test_changes_of_the_loop(script: ModuleType, env: dict, changed: bool, tmp_p
 
 TINY = ppo_rlhf_toy.Args(
     d_model=16, num_layers=1, num_heads=2, sft_steps=8, sft_batch_size=8, rm_pairs=64,
-    rm_min_accuracy=0.0, num_iterations=1, batch_size=16, eval_prompts=32, whiten_rewards=True,
+    rm_min_accuracy=0.0, num_iterations=1, batch_size=16, eval_prompts=32,
 )  # fmt: skip
 
 
 def test_changes_of_the_models_of_rlhf() -> None:
     task, toy = ppo_rlhf_toy.TASKS["reviews"], ppo_rlhf_toy
-    tokens = toy.pad(
-        [task.encode("pool : the pool was good ."), task.encode("pool :")], True, "cpu"
-    )
+    encode, block = task.tokenizer.encode, task.tokenizer.block
+    tokens = block([encode("pool : the pool was good ."), encode("pool :")], True, "cpu")
 
     def ask(name: str) -> list[bool]:
         torch.manual_seed(0)
@@ -197,8 +197,8 @@ def test_changes_of_the_models_of_rlhf() -> None:
             model = toy.make_model(TINY, task, scalar=True)
             torch.nn.init.ones_(model.position.weight[3])
             alone, padded = model(tokens[1:, -2:])[0], model(tokens)[1, -2:]
-            score = toy.read_scores(task, model, ["pool :"], ["good"])
-            read = model(toy.pad([[*task.encode("pool : good"), toy.EOS]], True, "cpu"))[:, -1, 0]
+            score = toy.read_scores(TINY, task, model, ["pool :"], ["good"])
+            read = model(block([[*encode("pool : good"), 1]], True, "cpu"))[:, -1, 0]
             again = torch.equal(model(tokens), model(tokens))
             return [again, alone.allclose(padded), score.allclose(read), not model.head.bias.any()]
 
@@ -221,9 +221,8 @@ def test_changes_of_the_loop_of_rlhf(tmp_path: Path) -> None:
         change_script(stack, toy, *(c.name for c in rlhf_details.CHANGES if c.name != apart))
         toy.train(args)
     assert rewards[0].kl.equal(-kl[0].result)
-    assert [x.shift_mean for x in whitened] == [True, True]  # rewards and advantages
     assert {x.args.temperature for x in generated} == {0.7}
-    mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.EOS
+    mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.Tokenizer.eos
     assert ends.any() and not (mask & ends & (mask.sum(1, keepdim=True) > 1)).any()
     with contextlib.ExitStack() as stack:
         change_script(stack, toy, apart)
@@ -586,6 +585,12 @@ def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     line = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32").line(tmp_path)
     (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
     assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
+    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")  # finished: only read
+    (option,) = rlhf_options.line(run, tmp_path, 0)
+    assert {name: option[name] for name in line} == line
+    assert option["option"] == "default" and option["optimum_kl"] > 0.0
+    table = rlhf_options.markdown([option | {"task": "reviews", "gold": 0.5}])
+    assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} ± 0.00 |")
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,107 @@
+"""Measure the options of ppo_rlhf_toy.py that other libraries name, and its memory at GPT-2's size.
+
+    python -m benchmarks.rlhf_options                # half an hour on one core, rlhf_options.csv
+    python -m benchmarks.rlhf_options --only table   # print the table of the page
+    python -m benchmarks.rlhf_options --only memory  # one iteration at the size of GPT-2
+
+An option starts from the SFT and the reward model of its seed's default run.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.jobs import ROOT, Job, Shared, launch, read, run_jobs
+from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
+from benchmarks.rlhf_optimum import optimum_of
+
+GROUP = "--baseline group --no-whiten-advantages --group-advantage"
+OPTIONS = {
+    "group whitened": "--baseline group",
+    "RLOO": f"{GROUP} rloo",
+    "GRPO": f"{GROUP} grpo",
+    "Dr. GRPO": f"{GROUP} dr_grpo",
+    "RLOO, k2 in the loss": f"{GROUP} rloo --kl-in-loss --kl-estimator k2",
+    "GRPO, k3 in the loss": f"{GROUP} grpo --kl-in-loss --kl-estimator k3",
+    "clip-higher 0.28": "--clip-coef-high 0.28",
+}
+
+
+@dataclass
+class Args(Shared):
+    """Measure the options of RLHF."""
+
+    seeds: tuple[int, ...] = (200, 201, 202, 203)  # of reviews
+    arithmetic_seeds: tuple[int, ...] = (200, 201, 202)
+    runs: Path = RUNS  # where the run folders go
+    only: Literal["all", "table", "memory"] = "all"
+
+
+def wanted(args: Args) -> Iterator[RlhfRun]:
+    """Yield the runs, the default of a seed before its options."""
+    for seed in args.arithmetic_seeds:
+        yield RlhfRun("arithmetic", seed)
+        yield RlhfRun("arithmetic", seed, "group whitened", "--baseline group", after="SFT")
+    for seed in args.seeds:
+        yield RlhfRun("reviews", seed)
+        for name, flags in OPTIONS.items():
+            yield RlhfRun("reviews", seed, name, flags)
+
+
+def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
+    """Train and return the table's line, which names the option."""
+    measured = run.line(runs, core)
+    folder = run.train(runs, core).results["run_dir"]  # finished: it is only read
+    _, optimum_kl = optimum_of(Path(folder))
+    return [{"option": run.name or "default"} | measured | {"optimum_kl": optimum_kl}]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return the means over the seeds, a line an option."""
+    columns = {"optimum_kl": "KL to the optimum", "optimum_share": "share of the optimum"}
+    columns |= {"gold": "gold", "length": "tokens", "kl": "KL to the reference", "eos_rate": "EOS"}
+    rows = [row for row in rows if row["task"] == "reviews"]
+    lines = [f"| | seeds | {' | '.join(columns.values())} |", "|---" + "|---:" * 7 + "|"]
+    for option in dict.fromkeys(row["option"] for row in rows):
+        runs = [row for row in rows if row["option"] == option]
+        cells = []
+        for column in columns:
+            x = [float(row[column]) for row in runs]
+            cells.append(f"{statistics.mean(x):.2f} ± {statistics.pstdev(x):.2f}")
+        lines.append(f"| {option} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def print_memory() -> None:
+    """Train one iteration at the size of GPT-2; print the most memory that the process had."""
+    flags = "--num-layers 12 --num-heads 12 --d-model 768 --context-size 1024 --max-new-tokens 32"
+    flags += " --batch-size 16 --micro-batch-size 4 --num-minibatches 1 --update-epochs 1"
+    flags += " --num-iterations 1 --sft-steps 1 --sft-batch-size 4 --eval-prompts 4"
+    flags += " --task benchmarks.rlhf_gpt2:Echo"
+    for more in ("--baseline group", ""):
+        run = launch([ROOT / SCRIPT], [*flags.split(), *more.split()])
+        print(f"{more or 'separate critic'}: {run.memory / 1024:.2f} GiB, {run.seconds:.0f} s")
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    table = args.path("rlhf_options.csv")
+    if args.only == "memory":
+        print_memory()
+    elif args.only == "table":
+        print(markdown(read(table)))
+    else:
+        jobs = [
+            Job((run.task, run.name or "default", run.seed), partial(line, run, args.runs))
+            for run in wanted(args)
+        ]
+        run_jobs(jobs, table, ("task", "option", "seed"))
+
+
+if __name__ == "__main__":
+    main()
