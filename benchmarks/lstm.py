@@ -194,7 +194,9 @@ def evaluate(model: Any, envs: Any, deterministic: bool) -> np.ndarray:
     return returns
 
 
-def learn_peer(env_id: str, seed: int, run_dir: Path, total_timesteps: int, units: int) -> None:
+def learn_peer(
+    env_id: str, seed: int, total_timesteps: int, units: int, run_dir: Path = Path("runs", "peer")
+) -> None:
     """Train RecurrentPPO with the zoo's settings, and write what our scripts write."""
     import torch
     from sb3_contrib import RecurrentPPO
