@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -47,6 +48,7 @@ class Args:
     table: str = "runs.csv"  # the table's file in the folder of results
     part: str = ""  # of speed.csv, scaling.csv, overhead.csv or rlhf.csv; by default its first
     threads: int = 1  # of speed.csv
+    brief: Literal["", "en", "zh"] = ""  # README's form of classic.csv or speed.csv, in a language
     results: Path = RESULTS  # folder of the tables; your own are in benchmarks/results/own
     pages: tuple[Path, ...] = ()  # pages whose tables are updated, instead of printing
 
@@ -300,6 +302,48 @@ def changes(rows: Rows, order: str) -> str:
     return markdown_table([":", *env_ids], lines)
 
 
+def brief_returns(rows: Rows) -> list[list[object]]:
+    """Return a line an environment, ours and the peer's return side by side."""
+    lines = []
+    for (env_id,), group in group_by(rows, "env_id").items():
+        theirs = [row for row in group if row["script"] == "Stable-Baselines3"]
+        ours = [row for row in group if row not in theirs]
+        returns = [numbers(part, "eval_mean") for part in (ours, theirs)]
+        line = [env_id, ours[0]["config"], f"{numbers(ours, 'global_step').mean():,.0f}"]
+        line += [f"{x.mean():,.1f} ± {x.std():,.1f}" for x in returns]
+        lines.append([*line, published.CLASSIC[env_id]])
+    return lines
+
+
+def brief_speed(rows: Rows) -> list[list[object]]:
+    """Return a line a contender: steps per second, and how many times as many ours takes."""
+    groups = {
+        name: numbers(x, "steps_per_second") for (name,), x in group_by(rows, "contender").items()
+    }
+    ours = next(x for name, x in groups.items() if name.startswith("ppo_"))
+    return [
+        [name, f"{np.median(x):,.0f}", f"{np.median(ours / x):.2f}x"] for name, x in groups.items()
+    ]
+
+
+BRIEF = {  # of README: the function of the rows, and the heads in each language
+    "classic.csv": (
+        brief_returns,
+        {
+            "en": [":environment", ":our flags", "steps", "ours", "Stable-Baselines3", "published"],
+            "zh": [":环境", ":本项目的参数", "步数", "本项目", "Stable-Baselines3", "已发表"],
+        },
+    ),
+    "speed.csv": (
+        brief_speed,
+        {
+            "en": [":", "steps/s", "our steps/s over theirs"],
+            "zh": [":", "每秒步数", "本项目是它的"],
+        },
+    ),
+}
+
+
 # For each file the function of its rows, and the column that --part chooses from.
 TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
     "runs.csv": (seeds, ""),
@@ -327,6 +371,9 @@ def markdown(args: Args) -> str:
         rows = [row for row in rows if row[column] == part]
     if args.table == "speed.csv":
         rows = [row for row in rows if row["threads"] == str(args.threads)]
+    if args.brief:
+        brief, heads = BRIEF[args.table]
+        return markdown_table(heads[args.brief], brief(rows))
     quick = "*A quick pass, fewer seeds, rounds and steps: not for quoting.*\n\n"
     return quick * (args.results.name == "quick") + table(rows)
 
