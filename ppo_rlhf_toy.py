@@ -24,13 +24,12 @@ RLOO (Ahmadian et al. 2024, arXiv 2402.14740), GRPO (Shao et al. 2024, arXiv 240
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
 
-import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -55,8 +54,8 @@ class Args(RunArgs):
 
     # reviews with a learned reward, arithmetic with a verifiable one, or module:Task of yours.
     task: str = "reviews"
-    load_sft: Path | None = None  # Skip stage 1 and take the SFT model of the run in this folder.
-    load_reward_model: Path | None = None  # Skip stage 2 and take the reward model of this run.
+    # Skip stages 1 and 2, and take the reference and the reward model of the run in this folder.
+    load_models: Path | None = None
     checkpoint_every: int = 10  # Iterations of PPO between checkpoints. The last is always saved.
     eval_prompts: int = 1024  # Prompts of the final evaluation.
 
@@ -115,17 +114,15 @@ class Args(RunArgs):
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
         super().check()
-        self.check_range("d_model context_size max_new_tokens num_heads rm_epochs", 1, 2**13)
-        self.check_range("num_layers", 1, 1e9 / 12 / self.d_model**2)  # a billion weights
-        self.check_range("sft_batch_size rm_batch_size micro_batch_size", 1, 2**17)
-        self.check_range("rm_pairs eval_prompts", 1, 2**20)
+        self.check_range("num_layers num_heads d_model context_size max_new_tokens", 1, 2**13)
+        self.check_range("sft_batch_size rm_batch_size rm_pairs rm_epochs eval_prompts", 1, 2**20)
+        self.check_range("micro_batch_size sft_steps num_iterations warmup_iterations", 1)
         self.check_range("batch_size group_size", 2, 2**17)
-        self.check_range("sft_steps num_iterations warmup_iterations update_epochs", 1)
+        self.check_range("update_epochs", 1)
         self.check_range("kl_coef missing_eos_penalty ent_coef", 0)
         self.check_range("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1)
         self.check_range("learning_rate sft_learning_rate rm_learning_rate", 1e-12)
-        self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm", 1e-12)
-        self.check_range("temperature", 1e-3)
+        self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm temperature", 1e-12)
         task = find_task(self.task)
         batch_size = self.batch_size or task.batch_size
         self.check_range("num_minibatches", 1, batch_size)
@@ -255,17 +252,15 @@ def find_task(name: str) -> Task:
     """Return a task of this file, or import one of yours from module:Class."""
     if name in TASKS:
         return TASKS[name]
-    module, _, class_name = name.rpartition(":")
     sys.path.append("")  # the folder in which the command was typed
-    found = None
     try:
-        found = importlib.import_module(module) if module else None
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
+        task_class = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        if isinstance(error, ImportError) and not name.startswith(error.name or name):
             raise  # your module is there, and imports one that is not
-    if not hasattr(found, class_name):
-        raise UserError(f"--task {name} is unknown: choose {' or '.join(TASKS)}, or module:Class")
-    return getattr(found, class_name)()
+        choice = f"choose {' or '.join(TASKS)}, or module:Class"
+        raise UserError(f"--task {name}: {error}; {choice}") from error
+    return task_class()
 
 
 class Block(nn.Module):
@@ -358,7 +353,7 @@ def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = N
 
 
 class Models(nn.Module):
-    """The four models, which are saved together, and which of them the stages have trained."""
+    """The four models, which are saved together, and how many stages have begun or made them."""
 
     def __init__(self, args: Args, task: Task, learned: bool):
         super().__init__()
@@ -369,9 +364,7 @@ class Models(nn.Module):
             self.value = make_model(args, task, scalar=True)
         if learned:
             self.reward_model = make_model(args, task, scalar=True).requires_grad_(False)
-        self.has_reference = nn.Buffer(torch.tensor(False))
-        self.has_reward_model = nn.Buffer(torch.tensor(False))
-        self.has_policy = nn.Buffer(torch.tensor(False))
+        self.stages_done = nn.Buffer(torch.tensor(0))
         self.reward_model_quality = nn.Buffer(torch.zeros(2, dtype=torch.float64))  # see stage 2
 
     def read(
@@ -384,19 +377,20 @@ class Models(nn.Module):
             values = self.value.before(prompts, responses).squeeze(-1)
         return log_probs, entropies, values
 
-    def take(self, name: str, args: Args, folder: Path) -> None:
-        """Take the reference or the reward model from the run in another folder."""
-        saved, theirs = experiment.load_checkpoint(folder, type(args))
-        for flag in "task num_layers num_heads d_model context_size".split():
-            if getattr(theirs, flag) != getattr(args, flag):
-                raise UserError(f"{folder} has {flag} {getattr(theirs, flag)}")
+    def take(self, args: Args) -> None:
+        """Take the reference and the reward model from the run in the folder `load_models`."""
+        saved, theirs = experiment.load_checkpoint(args.load_models, type(args))
+        state = self.state_dict()
+        names = [name for name in state if not name.startswith(("policy", "value"))]
         try:
-            state = {key: saved["agent"][key] for key in self.state_dict() if name in key}
-            self.load_state_dict(state, strict=False)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder} holds no {name} that fits: {error}") from error
-        if not state[f"has_{name}"]:
-            raise UserError(f"{folder} holds no {name} yet")
+            if theirs.num_heads != args.num_heads:
+                raise ValueError(f"num_heads is {theirs.num_heads}")
+            found = {name: saved["agent"][name] for name in names}
+            experiment.check_same_form({name: state[name].cpu() for name in names}, found, "it")
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{args.load_models} holds no models that fit: {error}") from error
+        self.load_state_dict(found, strict=False)
+        self.stages_done.clamp_(max=2)
 
 
 def streams(args: Args, stage: int, device: torch.device) -> tuple[np.random.Generator, Generator]:
@@ -443,17 +437,17 @@ def generate(
     new = prompts  # the tokens that the cache does not know yet
     for t in range(args.max_new_tokens):
         log_pi = policy.log_softmax(policy(new, cache)[:, -1], args.temperature)
-        if not log_pi.isfinite().all():
-            raise UserError("the policy is not finite: lower --learning-rate, --sft-learning-rate")
-        if generator is None:
-            token = log_pi.argmax(-1, keepdim=True)  # (B, 1)
-        else:  # from all words: top-k 0, top-p 1 (N details)
-            token = torch.multinomial(log_pi.exp(), 1, generator=generator)
+        weights = log_pi.exp()
+        if generator is not None:  # a sample of all words: top-k 0, top-p 1 (N details)
+            weights = weights / torch.empty_like(weights).exponential_(generator=generator)
+        token = weights.argmax(-1, keepdim=True)  # (B, 1)
         log_probs[:, t : t + 1] = torch.where(running, log_pi.gather(-1, token), 0.0)
         new = responses[:, t : t + 1] = torch.where(running, token, pad)
         running = running & (token != eos)
-        if not running.any():
+        if not running.any():  # a GPU waits only here
             break
+    if not log_probs.isfinite().all():
+        raise UserError("the policy is not finite: lower --learning-rate, --sft-learning-rate")
     return responses, log_probs
 
 
@@ -473,6 +467,12 @@ def answer(
     rows, lengths = responses.tolist(), (mask.sum(1) - ended.int()).tolist()
     answers = [tokenizer.decode(row[:length]) for row, length in zip(rows, lengths)]
     return Rollout(texts, answers, prompts, responses, log_probs, mask, ended)
+
+
+def log_probs_of(args: Args, model: Transformer, rollout: Rollout) -> Tensor:
+    """Return log pi of a rollout's responses under a model, (B, R), without a gradient."""
+    read = partial(model.log_prob_and_entropy, temperature=args.temperature)
+    return in_parts(args.micro_batch_size, read, rollout.prompts, rollout.responses)[0]
 
 
 def steps_of(stage: str, steps: Iterable, run: Run) -> Iterator:
@@ -581,7 +581,7 @@ def train_reward_model(
     scores = read_scores(args, task, model, texts, answers)
     if not 0.0 < scores.std() < torch.inf:
         raise UserError("the reward model is constant or not finite: lower --rm-learning-rate")
-    correlation = np.corrcoef(scores.cpu(), task.gold_scores(texts, answers))[0, 1]
+    correlation = np.nan_to_num(np.corrcoef(scores.cpu(), task.gold_scores(texts, answers))[0, 1])
     # Mean 0 and standard deviation 1 on the reference's answers (N details) give beta a scale.
     model.head.bias.sub_(scores.mean()).div_(scores.std())
     model.head.weight.div_(scores.std())
@@ -678,8 +678,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     return 0.5 * errors.mean()
 
 
-def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Return the loss to minimise, minus PPO's eq. 9; what to log of it; and the ratios (M,)."""
+def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss to minimise, minus PPO's eq. 9, and what to log of it."""
     log_probs, entropies, values = models.read(batch.prompts, batch.responses, args.temperature)
     # The places of the actions keep the padding out. A GPU waits here once, at each x[mask] again.
     at = batch.mask.nonzero(as_tuple=True)
@@ -707,26 +707,22 @@ def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str
             "approx_kl": (ratio - 1.0 - log_ratio).mean(),  # KL(old, new) in nats
             "clipfrac": clipped.float().mean(),
         }
-    return loss, stats, ratio.detach()
+    return loss, stats
 
 
-def update(
-    models: Models, args: Args, optimizer: Optimizer, minibatch: Batch
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Take one step on a minibatch; return what to log of it, and its ratios (M,).
+def update(models: Models, args: Args, optimizer: Optimizer, minibatch: Batch) -> dict[str, Tensor]:
+    """Take one step on a minibatch; return what to log of it.
 
     Its gradient is the sum of those of its micro-batches (gradient accumulation).
     """
     stats: dict[str, Any] = {}
-    ratios = []
     for columns in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
         part = Batch(*columns)
         weight = part.mask.sum() / minibatch.mask.sum()  # of its mean in that of all tokens
-        loss, figures, ratio = ppo_loss(models, args, part)
+        loss, figures = ppo_loss(models, args, part)
         (weight * loss).backward()
         stats = {name: stats.get(name, 0.0) + weight * x for name, x in figures.items()}
-        ratios.append(ratio)
-    return stats | {"grad_norm": descend(optimizer, args)}, torch.cat(ratios)
+    return stats | {"grad_norm": descend(optimizer, args)}
 
 
 def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunction) -> None:
@@ -748,8 +744,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         scores = score_answers(args, reward_fn, rollout)  # (B,)
         read = partial(models.read, temperature=args.temperature)
         log_probs, _, values = in_parts(args.micro_batch_size, read, prompts, responses)  # (B, R)
-        ref_read = partial(models.reference.log_prob_and_entropy, temperature=args.temperature)
-        ref_log_probs, _ = in_parts(args.micro_batch_size, ref_read, prompts, responses)
+        ref_log_probs = log_probs_of(args, models.reference, rollout)
         price = kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
         price_coef = 0.0 if args.kl_in_loss else args.kl_coef
         rewards = token_rewards(scores, price, mask, price_coef)
@@ -783,20 +778,17 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         )
 
         # ---- [4] Update: K epochs of shuffled minibatches ---------------------------------------
-        stats, ratios = [], []  # of each minibatch
+        stats = []  # of each minibatch
         for _ in range(args.update_epochs):
             order = torch.as_tensor(run.shuffling.permutation(args.batch_size), device=run.device)
             for rows in order.tensor_split(args.num_minibatches):
                 minibatch = Batch(*(x[rows] for x in batch))
-                figures, ratio = update(models, args, run.optimizer, minibatch)
-                stats.append(figures)
-                ratios.append(ratio)
+                stats.append(update(models, args, run.optimizer, minibatch))
 
         # ---- [5] Log: means over the iteration --------------------------------------------------
         run.global_step += args.batch_size
         losses = {f"losses/{name}": x for name, x in run.average(stats).items()}
-        # Before any step: sampling against the pass after it, and that against the update.
-        first_ratios = torch.cat([(log_probs - rollout.log_probs)[mask].exp(), ratios[0]])
+        first_ratios = (log_probs - rollout.log_probs)[mask].exp()  # of no step: all are 1
         unexplained = (returns - values)[mask].var() / returns[mask].var()
         kl = (log_probs - ref_log_probs).masked_fill(~mask, 0.0).sum(1).mean().item()
         metrics = {
@@ -821,31 +813,24 @@ def evaluate(
 ) -> dict[str, float]:
     """Let a model answer fresh prompts; print some answers, return means over all of them."""
     rng, generator = streams(args, 4, run.device)
-    prompts, blocks = task.prompts(args.eval_prompts, rng, held_out=True), []
-    answers, greedy = [], []
-    size = args.micro_batch_size
-    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    for texts in steps_of("evaluation", parts, run):
-        greedy += answer(args, task, policy, texts, None).answers
-        rollout = answer(args, task, policy, texts, generator)
-        answers += rollout.answers
-        read = (rollout.prompts, rollout.responses, args.temperature)
-        log_pi, log_ref = (x.log_prob_and_entropy(*read)[0] for x in (policy, models.reference))
-        kl = torch.where(rollout.mask, log_pi - log_ref, 0.0).sum(1)
-        lengths, scores = rollout.mask.sum(1), score_answers(args, score, rollout)
-        blocks.append(torch.stack([scores, kl, lengths, rollout.ended]))
-    for text, reply in zip(prompts[:4], answers):
+    prompts = task.prompts(args.eval_prompts, rng, held_out=True)
+    greedy, rollout = (
+        answer(args, task, policy, prompts, sampling)
+        for sampling in steps_of("evaluation", (None, generator), run)
+    )
+    for text, reply in zip(prompts[:4], rollout.answers):
         experiment.say(f"    {text} {reply}")
-    proxy, kl, length, eos_rate = torch.cat(blocks, dim=1).mean(1).tolist()
+    log_pi, log_ref = (log_probs_of(args, x, rollout) for x in (policy, models.reference))
+    kl = torch.where(rollout.mask, log_pi - log_ref, 0.0).sum(1)
     return {
-        "gold": np.mean(task.gold_scores(prompts, answers)).item(),
-        "proxy": proxy,
-        "grammatical": np.mean(list(map(task.grammatical, answers))).item(),
-        "greedy_gold": np.mean(task.gold_scores(prompts, greedy)).item(),
-        "kl": kl,
-        "length": length,
-        "eos_rate": eos_rate,
-        "distinct": len(set(answers)) / len(prompts),
+        "gold": np.mean(task.gold_scores(prompts, rollout.answers)).item(),
+        "proxy": score_answers(args, score, rollout).mean().item(),
+        "grammatical": np.mean(list(map(task.grammatical, rollout.answers))).item(),
+        "greedy_gold": np.mean(task.gold_scores(prompts, greedy.answers)).item(),
+        "kl": kl.mean().item(),
+        "length": rollout.mask.sum(1).float().mean().item(),
+        "eos_rate": rollout.ended.float().mean().item(),
+        "distinct": len(set(rollout.answers)) / len(prompts),
     }
 
 
@@ -865,38 +850,34 @@ def train(
         if experiment.world_size() > 1:
             raise UserError("this script runs in one process: start it without torchrun")
         models = Models(args, task, learned=task.learned and reward_fn is None).to(run.device)
-        loads = (("reference", args.load_sft), ("reward_model", args.load_reward_model))
-        for name, folder in loads:
-            if folder is not None:
-                models.take(name, args, folder)
+        if args.load_models is not None:
+            models.take(args)
         trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
         optimizer = Adam(trained, eps=1e-5, fused=True)
         run.shuffling, run.sampling = streams(args, 3, run.device)
         run.start(models, optimizer)
-        learned = models.has_reward_model or models.reward_model is None
-        if args.evaluate and not (models.has_reference and learned and models.has_policy):
+        if args.evaluate and models.stages_done < 3:
             raise UserError(f"--evaluate {args.evaluate}: it has no policy yet, --resume it")
         run.save()  # from now on the run can be resumed
 
         # ---- Stage 1: the reference, which is also the first policy ----------------------------
-        if not models.has_reference:
+        if models.stages_done < 1:
             models.reference = sft(args, task, run)
-            models.has_reference.fill_(True)
+            models.stages_done.fill_(1)
             run.save()
 
         # ---- Stage 2: the reward model, unless the reward is known ------------------------------
+        if models.reward_model is not None and models.stages_done < 2:
+            models.reward_model, quality = train_reward_model(args, task, run, models.reference)
+            models.reward_model_quality.copy_(quality)
+            models.stages_done.fill_(2)
+            run.save()
         score: RewardFunction = reward_fn or task.gold_scores
         if models.reward_model is not None:
-            if not models.has_reward_model:
-                model, quality = train_reward_model(args, task, run, models.reference)
-                models.reward_model = model
-                models.reward_model_quality.copy_(quality)
-                models.has_reward_model.fill_(True)
-                run.save()
             score = partial(read_scores, args, task, models.reward_model)
 
         # ---- Stage 3: PPO ----------------------------------------------------------------------
-        if not models.has_policy:
+        if models.stages_done < 3:
             models.policy.load_state_dict(models.reference.state_dict())
             streams(args, 3, run.device)  # seeds the head of a value model
             if models.value is not None:
@@ -904,7 +885,7 @@ def train(
                 if args.value_init == "reward" and models.reward_model is not None:
                     first = models.reward_model  # it can tell good from bad (N details)
                 models.value.load_state_dict(first.state_dict())
-            models.has_policy.fill_(True)
+            models.stages_done.fill_(3)
             run.save()
         ppo(args, task, run, models, score)
         stopped, run.stopped = run.stopped or None, ""  # another signal ends the evaluation
@@ -926,8 +907,6 @@ def train(
             results["rm_accuracy"], results["rm_correlation"] = models.reward_model_quality.tolist()
         if task is TASKS["arithmetic"]:
             results = {name.replace("gold", "accuracy"): x for name, x in results.items()}
-        # JSON has no NaN and no infinity.
-        results |= {k: None for k, x in results.items() if isinstance(x, float) and not isfinite(x)}
         run.write_results(results)
         return models.policy, results
 

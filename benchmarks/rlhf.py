@@ -50,22 +50,19 @@ class RlhfRun:
     name: str = ""
     more: str = ""  # flags of the change
     program: tuple[object, ...] = (ROOT / SCRIPT,)  # what Python runs
-    after: Literal["", "SFT", "reward model"] = "reward model"  # the last model it does not make
+    loads_models: bool = True  # a change takes the models of the default run
 
     @property
     def flags(self) -> list[str]:
         return [f"--task={self.task}", f"--seed={self.seed}", *self.more.split()]
 
     def train(self, runs: Path, core: object = None) -> Finished:
-        """Train, if need be after the default run, from whose models a change starts."""
+        """Train, if need be after the default run, whose models a change takes."""
         folder = "-".join((self.task, str(self.seed), self.name or "default")).replace(" ", "-")
         flags = self.flags
-        if self.name and self.after:
+        if self.name and self.loads_models:
             default = RlhfRun(self.task, self.seed).train(runs, core)
-            models = default.results["run_dir"]
-            flags.append(f"--load-sft={models}")
-            if self.after == "reward model":
-                flags.append(f"--load-reward-model={models}")
+            flags.append(f"--load-models={default.results['run_dir']}")
         return launch(self.program, flags, core, runs / folder)
 
     def line(self, runs: Path, core: object = None) -> dict[str, object]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -81,24 +80,30 @@ def dropout(init: Callable, block, *sizes):
 
 @dataclass
 class RlhfChange(Change):
-    """A change, and the last model that it takes from the default run."""
+    """A change, and whether it takes the models of the default run."""
 
     scripts: tuple[str, ...] = (SCRIPT,)
-    after: Literal["", "SFT", "reward model"] = "reward model"
+    loads_models: bool = True
 
 
 CHANGES = [
-    RlhfChange("positions count padding", wraps={"Transformer.forward": count_padding}, after=""),
     RlhfChange(
-        "reward model read a token before EOS", wraps={"read_scores": read_early}, after="SFT"
+        "positions count padding", wraps={"Transformer.forward": count_padding}, loads_models=False
     ),
     RlhfChange(
-        "PyTorch's initial scalar head", wraps={"make_model": default_scalar_head}, after="SFT"
+        "reward model read a token before EOS",
+        wraps={"read_scores": read_early},
+        loads_models=False,
+    ),
+    RlhfChange(
+        "PyTorch's initial scalar head",
+        wraps={"make_model": default_scalar_head},
+        loads_models=False,
     ),
     RlhfChange(
         "reward model's scores not normalised",
         wraps={"train_reward_model": scores_as_learned},
-        after="SFT",
+        loads_models=False,
     ),
     RlhfChange("sampled at temperature 0.7, rated at 1", wraps={"generate": sampled_at_07}),
     RlhfChange("temperature 0.7", "--temperature 0.7"),
@@ -136,7 +141,7 @@ class Args(Shared):
 
 def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
     """Return the run of a change."""
-    run = RlhfRun("reviews", seed, change.name, change.flags, after=change.after)
+    run = RlhfRun("reviews", seed, change.name, change.flags, loads_models=change.loads_models)
     if change.wraps:
         run.program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
     return run

@@ -46,7 +46,7 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
     """Yield the runs, the default of a seed before its options."""
     for seed in args.arithmetic_seeds:
         yield RlhfRun("arithmetic", seed)
-        yield RlhfRun("arithmetic", seed, "group whitened", "--baseline group", after="SFT")
+        yield RlhfRun("arithmetic", seed, "group whitened", "--baseline group")
     for seed in args.seeds:
         yield RlhfRun("reviews", seed)
         for name, flags in OPTIONS.items():

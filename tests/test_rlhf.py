@@ -314,7 +314,7 @@ def test_ppo_loss_equals_the_sum_over_tokens_by_hand(clip_vloss: bool, vf_coef: 
     batch = rlhf.Batch(
         prompts, responses, mask, old_log_probs, old_log_probs, advantages, returns, old_values
     )
-    loss, figures, ratio = rlhf.ppo_loss(models, args, batch)
+    loss, figures = rlhf.ppo_loss(models, args, batch)
 
     values, tokens = models.value.before(prompts, responses)[..., 0], []
     for b, t in itertools.product(range(B), range(R)):
@@ -333,7 +333,6 @@ def test_ppo_loss_equals_the_sum_over_tokens_by_hand(clip_vloss: bool, vf_coef: 
     assert figures["approx_kl"].item() == pytest.approx(
         (ratios - 1 - np.log(ratios)).mean(), rel=1e-3
     )
-    np.testing.assert_allclose(ratio, ratios, rtol=1e-4)
 
 
 # ---- Tasks -------------------------------------------------------------------------------------
@@ -756,10 +755,7 @@ def test_train_writes_results_and_a_second_run_can_load_its_models(
     assert [row["global_step"] for row in read_metrics(tmp_path / "a")] == [16, 32]
 
     # PPO on the loaded models is the same to the last bit.
-    flags["load_sft"] = tmp_path / "a"
-    if task == "reviews":
-        flags["load_reward_model"] = tmp_path / "a"
-    again, more = rlhf.train(tiny(tmp_path / "b", **flags))
+    again, more = rlhf.train(tiny(tmp_path / "b", **flags, load_models=tmp_path / "a"))
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
     assert without_times(results) == without_times(more)
 
@@ -830,9 +826,8 @@ def test_error_inside_the_reward_function_keeps_its_traceback(error: type, run_d
         ("--batch-size 1 --max-new-tokens 1", "--batch-size"),
         ("--num-minibatches 17", "--num-minibatches"),
         ("--learning-rate inf", "--learning-rate"),
-        ("--load-sft nowhere", "nowhere"),
-        ("--load-reward-model nowhere", "nowhere"),
-        ("--task arithmetic --load-reward-model nowhere", "nowhere"),
+        ("--load-models nowhere", "nowhere"),
+        ("--task arithmetic --load-models nowhere", "nowhere"),
         # Sizes that fit no memory, and the flags of the options.
         ("--d-model 1000000", "--d-model"),
         ("--d-model 8192 --num-layers 2", "--num-layers"),
@@ -882,9 +877,8 @@ def test_load_of_a_model_of_another_shape_is_one_line_and_leaves_no_folder(
 ) -> None:
     rlhf.train(tiny(tmp_path / "a", num_iterations=1, eval_prompts=2, kl_coef=0.0))
     before = snapshot(tmp_path / "a")
-    for flag in ("--load-sft", "--load-reward-model"):
-        words = f"{flags_of(tiny(tmp_path / 'run', **changes))} {flag} {tmp_path / 'a'}"
-        expect_one_line(run_main(rlhf, words, monkeypatch, capsys), str(tmp_path / "a"))
+    words = f"{flags_of(tiny(tmp_path / 'run', **changes))} --load-models {tmp_path / 'a'}"
+    expect_one_line(run_main(rlhf, words, monkeypatch, capsys), str(tmp_path / "a"))
     assert not (tmp_path / "run").exists() and snapshot(tmp_path / "a") == before
 
 
@@ -929,11 +923,10 @@ def test_resume_of_a_run_with_loaded_models_trains_none_of_them(
     tmp_path, lengths, monkeypatch
 ) -> None:
     whole, _ = rlhf.train(tiny(tmp_path / "whole"))
-    loads = dict(load_sft=tmp_path / "whole", load_reward_model=tmp_path / "whole")
     with monkeypatch.context() as patch:
         end_at(1, die, patch)
         with pytest.raises(RuntimeError, match="killed"):
-            rlhf.train(tiny(tmp_path / "parts", **loads))
+            rlhf.train(tiny(tmp_path / "parts", load_models=tmp_path / "whole"))
     shutil.rmtree(tmp_path / "whole")
     monkeypatch.setattr(rlhf, "sft", die)
     monkeypatch.setattr(rlhf, "train_reward_model", die)
@@ -951,8 +944,6 @@ def test_ctrl_c_in_stage_1_or_2_is_one_line_and_the_run_can_be_resumed(
     assert outcome[0] == 2 and "Traceback" not in outcome[2]
     assert f"stopped in the stage {stage}" in outcome[2] and f"--resume {run_dir}" in outcome[2]
     expect_one_line(run_main(rlhf, f"--evaluate {run_dir}", monkeypatch, capsys), "--resume it")
-    words = f"{flags_of(tiny(run_dir.parent / 'b'))} --load-reward-model {run_dir}"
-    expect_one_line(run_main(rlhf, words, monkeypatch, capsys), "no reward_model yet")
     status, out, _ = run_main(rlhf, f"--resume {run_dir}", monkeypatch, capsys)
     assert status == 0 and "fresh prompts" in out
 
@@ -1066,7 +1057,7 @@ def test_forged_checkpoint_is_one_line_and_stays(
     expect_one_line(run_main(rlhf, f"--resume {run_dir}", monkeypatch, capsys), str(run_dir))
     if forge in (forge_shape, forge_missing):
         other = run_dir.parent / "other"
-        words = f"{flags_of(tiny(other))} --load-sft {run_dir}"
+        words = f"{flags_of(tiny(other))} --load-models {run_dir}"
         expect_one_line(run_main(rlhf, words, monkeypatch, capsys), str(run_dir))
         assert not other.exists()
     assert snapshot(run_dir) == before
@@ -1077,7 +1068,7 @@ def test_damaged_checkpoint_is_one_line(run_dir, lengths, monkeypatch, capsys) -
     path, other = run_dir / "checkpoint.pt", run_dir.parent / "other"
     for data in (path.read_bytes()[:1000], b"", b"text"):
         path.write_bytes(data)
-        for flags in ("--resume", "--evaluate", f"{flags_of(tiny(other))} --load-sft"):
+        for flags in ("--resume", "--evaluate", f"{flags_of(tiny(other))} --load-models"):
             outcome = run_main(rlhf, f"{flags} {run_dir}", monkeypatch, capsys)
             expect_one_line(outcome, str(run_dir))
     assert not other.exists()
@@ -1312,11 +1303,10 @@ def test_gradient_of_micro_batches_is_that_of_the_minibatch() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rlhf, "descend", lambda *_: [x.grad.clone() for x in parameters])
             cut = dataclasses.replace(args, micro_batch_size=size)
-            stats, ratios = rlhf.update(models, cut, optimizer, batch)
+            stats = rlhf.update(models, cut, optimizer, batch)
         optimizer.zero_grad()
         gradients.append(stats.pop("grad_norm"))
         figures.append(stats)
-        assert len(ratios) == mask.sum()
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
     assert any(x.abs().max() > 1e-3 for x in gradients[0])
@@ -1443,7 +1433,7 @@ def test_reward_model_that_is_not_finite_is_not_the_reward_functions_fault(
     assert status == 2 and "lower --rm-learning-rate" in err and "reward function" not in err
 
 
-@pytest.mark.parametrize("call", [1, 3, 6])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_signal_in_the_evaluation_ends_it_early(
     call: int, run_dir, lengths, monkeypatch, capsys
 ) -> None:
@@ -1459,34 +1449,22 @@ def test_signal_in_the_evaluation_ends_it_early(
     words = f"--evaluate {run_dir} --eval-prompts 120 --micro-batch-size 8"
     outcome = run_main(rlhf, words, monkeypatch, capsys)
     assert outcome[0] == 2 and "stopped in the stage evaluation" in outcome[2]
-    assert next(calls) <= call + 3
+    assert next(calls) <= call + 2
 
 
-@pytest.mark.parametrize("missing", ["has_reference", "has_reward_model", "has_policy"])
+@pytest.mark.parametrize("stages_done", [0, 1, 2])
 def test_evaluate_of_a_checkpoint_without_a_stage_trains_nothing(
-    missing: str, run_dir, lengths, monkeypatch, capsys
+    stages_done: int, run_dir, lengths, monkeypatch, capsys
 ) -> None:
     rlhf.train(tiny(run_dir))
     path = run_dir / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
-    saved["agent"][missing] = torch.tensor(False)
+    saved["agent"]["stages_done"].fill_(stages_done)
     torch.save(saved, path)
     steps = spy(monkeypatch, "descend", rlhf)
     outcome = run_main(rlhf, f"--evaluate {run_dir}", monkeypatch, capsys)
     expect_one_line(outcome, "--resume it")
     assert not steps
-
-
-def test_results_hold_no_nan(run_dir, lengths, monkeypatch) -> None:
-    rlhf.train(tiny(run_dir))
-    path = run_dir / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    saved["agent"]["reward_model_quality"].fill_(math.nan)
-    torch.save(saved, path)
-    rlhf.train(tiny(resume=run_dir, num_iterations=3))
-    text = (run_dir / "results.json").read_text()
-    results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert results["rm_accuracy"] is None and results["gold"] >= 0.0
 
 
 @pytest.mark.parametrize(("name", "size"), [("d_model", 10**6), ("context_size", 10**9)])
