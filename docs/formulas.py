@@ -22,7 +22,11 @@ FORMS = {
     r"S_{\pi_\theta}(s_t)": "entropies",
     r"\log r_t(\theta)": "log_ratio",
     r"\delta_t": "deltas",
+    r"L^{\text{CLIP}}(\theta)": "surrogate",
+    r"L^{\text{CLIP}}": "surrogate",
+    "r": "ratio",
 }
+ALIASES = {"num_steps": "T", "num_envs": "N"}  # what the code calls them too
 
 
 def mathml(tex: str, display: str = "inline") -> str:
@@ -62,12 +66,12 @@ def symbols(language: str) -> dict[str, tuple[str, str]]:
 
 @functools.cache
 def pieces(language: str) -> dict[str, str]:
-    """Return the name in the code by the MathML of a symbol, as it stands within a formula."""
+    """Return the names in the code by the MathML of a symbol, as it stands within a formula."""
     found = {}
     for tex, (name, _) in symbols(language).items():
         inner = re.fullmatch(r"<math[^>]*><mrow>(.*)</mrow></math>", mathml(tex))
         if inner:
-            found[inner[1]] = name
+            found[inner[1]] = f"{name} {ALIASES[name]}" if name in ALIASES else name
     return found
 
 

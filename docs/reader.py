@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 
-from formulas import mathml, symbols
+from formulas import ALIASES, FORMS, mathml, symbols
 from lines import MARKER, ROOT, Row, definitions, rows, select, source
 from pygments.lexers import PythonLexer
 from pygments.token import STANDARD_TYPES, Token
@@ -70,7 +70,12 @@ def name_in(code: str) -> str:
 def names_of(file: str) -> frozenset[str]:
     """Return all names in the code of a file."""
     tokens = PythonLexer().get_tokens("\n".join(source(file)))
-    return frozenset(text for kind, text in tokens if kind in Token.Name)
+    return frozenset(text for kind, text in tokens if is_name(kind, text))
+
+
+def is_name(kind, text: str) -> bool:
+    """Tell whether a token is a name, or a string that is one, such as a key of the log."""
+    return kind in Token.Name or (kind in Token.Literal.String and text.isidentifier())
 
 
 @functools.cache
@@ -81,7 +86,7 @@ def code_lines(file: str, names: frozenset[str]) -> list[str]:
         while kind not in STANDARD_TYPES:
             kind = kind.parent
         css = STANDARD_TYPES[kind]
-        data = f' data-name="{text}"' if kind in Token.Name and text in names else ""
+        data = f' data-name="{text}"' if is_name(kind, text) and text in names else ""
         for i, part in enumerate(text.split("\n")):
             if i:
                 out.append("")
@@ -99,10 +104,10 @@ def block(file: str, first: int, last: int, names=frozenset(), home: str = "") -
     for n, line in enumerate(code_lines(file, names)[first - 1 : last], first):
         here = "" if home else f' id="L-{n}"'
         link = f'<a href="{home}#L-{n}" data-line="{n}" aria-label="{n}" tabindex="-1"></a>'
-        out.append(f'<span class="line"{here}>{link}<span class="text">{line}</span></span>')
+        out.append(f'<span class="line"{here}>{link}<span class="text">{line}\n</span></span>')
     return (
         f'<div class="code highlight" style="--indent: {indent}">'
-        f"<pre><code>{chr(10).join(out)}\n</code></pre></div>"
+        f"<pre><code>{''.join(out)}</code></pre></div>"
     )
 
 
@@ -129,36 +134,51 @@ def label_and_note(row: Row) -> tuple[str, list[str]]:
 def with_rows(markdown: str, page: str) -> tuple[str, str]:
     """Return a page that reads a script until the end of its rows, these as HTML, and the rest."""
     file, above, found, below = rows(markdown)
-    say = words(page)
     out = [above, "", f'<div class="reader" data-file="{file}" markdown="1">', ""]
     for i, row in enumerate(found):
-        ppo = row.option.removeprefix("ppo ") if row.option.startswith("ppo") else ""
-        order = f' data-ppo="{ppo}" style="--ppo: {ppo}"' if ppo else ""
         if row.headings or not i:
-            part = [row, *itertools.takewhile(lambda r: not r.headings, found[i + 1 :])]
-            numbers = [r.option[4:] for r in part if r.option.startswith("ppo")]
-            whole = f' data-ppo="{min(numbers)}" style="--ppo: {min(numbers)}"' if numbers else ""
-            out += ["</div>\n"] * bool(i)
-            out += [f'<div class="part"{whole} markdown="1">', "", *row.headings, ""]
-        note, fold = list(row.note), row.option == "fold"
-        if fold:
-            label, note = label_and_note(row)
-            number = say["lines"].format(row.first, row.last)
-            out += ['<details class="fold" markdown="1">', '<summary markdown="span">']
-            out += [f"{label} <small>{number}</small>", "</summary>", ""]
-        asides = [m for line in note if (m := MARKER.match(line))]
-        note = [line for line in note if not MARKER.match(line)]
-        bare = "" if any(line.strip() for line in note) else " bare"
-        out += [f'<div class="row{bare}"{order} markdown="1">']
-        out += ['<div class="note" markdown="1">', "", *note, "", "</div>"]
-        out += ['<div class="lines">', placeholder(file, row.first, row.last)]
-        for other, start, end, *_ in (m.groups() for m in asides):
-            first, last = select(other, start, end)
-            text = f"<code>{other}</code>, {say['lines'].format(first, last)}"
-            out += [f'<details class="aside"><summary>{text}</summary>']
-            out += [placeholder(other, first, last), "</details>"]
-        out += ["</div>", "</div>"] + ["</details>"] * fold + [""]
+            rest = itertools.takewhile(lambda r: not r.headings, found[i + 1 :])
+            turns = [turn for r in (row, *rest) if (turn := ppo_turn(r))]
+            out += ["</div>", ""] * bool(i)
+            out += [f'<div class="part"{ppo_order(min(turns, default=""))} markdown="1">', ""]
+            out += [*row.headings, ""]
+        out += row_html(file, row, words(page)["lines"])
     return "\n".join([*out, "</div>", "</div>", "", ""]), below
+
+
+def ppo_turn(row: Row) -> str:
+    """Return the turn of a row in "PPO only", or nothing if it is left out."""
+    return row.option[4:] if row.option.startswith("ppo ") else ""
+
+
+def ppo_order(turn: str) -> str:
+    return f' data-ppo="{turn}" style="--ppo: {turn}"' if turn else ""
+
+
+def row_html(file: str, row: Row, line_words: str) -> list[str]:
+    """Return a row: its note, its lines, and below them those of other files, folded."""
+    note, fold = row.note, row.option == "fold"
+    out = []
+    if fold:
+        label, note = label_and_note(row)
+        out += ['<details class="fold" markdown="1">', '<summary markdown="span">']
+        out += [
+            f"{label} <small>{line_words.format(row.first, row.last)}</small>",
+            "</summary>",
+            "",
+        ]
+    others = [match.groups() for line in note if (match := MARKER.match(line))]
+    note = [line for line in note if not MARKER.match(line)]
+    bare = "" if any(line.strip() for line in note) else " bare"
+    out += [f'<div class="row{bare}"{ppo_order(ppo_turn(row))} markdown="1">']
+    out += ['<div class="note" markdown="1">', "", *note, "", "</div>"]
+    out += ['<div class="lines">', placeholder(file, row.first, row.last)]
+    for other, start, end, *_ in others:
+        first, last = select(other, start, end)
+        text = f"<code>{other}</code>, {line_words.format(first, last)}"
+        out += [f'<details class="aside"><summary>{text}</summary>']
+        out += [placeholder(other, first, last), "</details>"]
+    return [*out, "</div>", "</div>", *["</details>"] * fold, ""]
 
 
 def placeholder(file: str, first: int, last: int) -> str:
@@ -230,11 +250,12 @@ def flags(file: str) -> dict[str, tuple[str, str]]:
             for field in node.body:
                 if not isinstance(field, ast.AnnAssign) or field.value is None:
                     continue
-                line = source(path)[field.end_lineno - 1][field.end_col_offset :]
-                above = source(path)[field.lineno - 2].strip()
-                text = line.partition("#")[2].strip()
-                if not text and above.startswith("#"):
-                    text = above.lstrip("# ")
+                behind = source(path)[field.end_lineno - 1][field.end_col_offset :]
+                text = behind.partition("#")[2].strip()
+                n = field.lineno - 2
+                while not behind.strip() and source(path)[n].lstrip().startswith("#"):
+                    text = f"{source(path)[n].strip('# ')} {text}".strip()
+                    n -= 1
                 found[field.target.id] = (ast.unparse(field.value), text)
     return found
 
@@ -279,7 +300,8 @@ def cards(file: str, language: str) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for tex, (name, meaning) in symbols(language).items():
         card = found.setdefault(name, {})
-        card.setdefault("symbol", []).append(mathml(tex))
+        if tex not in FORMS or "symbol" not in card:
+            card.setdefault("symbol", []).append(mathml(tex))
         if meaning:
             card["meaning"] = inline(meaning)
     for name, where in shapes(file).items():
@@ -290,6 +312,8 @@ def cards(file: str, language: str) -> dict[str, dict]:
     for name, (first, _) in definitions(file).items():
         if "." not in name and not name.startswith("_"):
             found.setdefault(name, {})["line"] = first
+    for name, alias in ALIASES.items():
+        found[alias] = found[name]
     for name, which in effects(language).items():
         if name in found:
             found[name]["effects"] = [list(x) for x in which]

@@ -4,13 +4,11 @@ import functools
 import html
 import importlib.util
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -377,31 +375,6 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
 # ---- The site ----------------------------------------------------------------------------------
 
 
-FILES_OF_THE_SITE = ("LICENSE", "mkdocs.yml", "docs", "tests", "benchmarks")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """Build the site once, in a copy of the repository, by the command that the pages name."""
-    if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
-        pytest.skip("the docs extra is not installed")
-    command = "mkdocs build"  # nothing more: under --quiet it would count no warnings
-    for page in DOCS.glob("*/index.md"):
-        assert re.search(rf"(^|&& ){command}[`\n]", page.read_text(), re.MULTILINE), page
-    copy = tmp_path_factory.mktemp("repository")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *map(ROOT.joinpath, FILES_OF_THE_SITE)]:
-        if path.is_dir():
-            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, copy)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        command.split(), cwd=copy, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return copy / "site"
-
-
 def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -442,7 +415,7 @@ def lines_of(text: str) -> dict[int, str]:
     """Return the lines of code that have their address on a page, without their colours."""
     found = re.findall(
         r'<span class="line" id="L-(\d+)"><a href="#L-\1" data-line="\1"[^>]*></a>'
-        r'<span class="text">(.*)</span></span>',
+        r'<span class="text">(.*)\n</span></span>',
         text,
     )
     numbers = [int(n) for n, _ in found]

@@ -91,10 +91,9 @@
   function light(element) {
     dim();
     const row = element.closest(".row");
-    const name = CSS.escape(element.dataset.name);
-    for (const twin of row ? row.querySelectorAll(`[data-name="${name}"]`) : [element]) {
-      twin.classList.add("lit");
-    }
+    const names = element.dataset.name.split(" "); // of a symbol, the code may have two
+    const same = names.map((name) => `[data-name~="${CSS.escape(name)}"]`).join();
+    for (const twin of row ? row.querySelectorAll(same) : [element]) twin.classList.add("lit");
   }
 
   function dim() {
@@ -142,14 +141,17 @@
     close();
     light(element);
     owner = element;
-    if (!known(element.dataset.name)) return;
-    card = fill(element.dataset.name);
+    const name = element.dataset.name.split(" ").find(known);
+    if (!name) return;
+    card = fill(name);
     element.closest(".md-content__inner").append(card);
     element.setAttribute("aria-describedby", card.id);
     const place = element.getBoundingClientRect();
     const size = card.getBoundingClientRect();
     const below = place.bottom + 6 + size.height < innerHeight;
-    const left = Math.min(place.left, document.documentElement.clientWidth - size.width - 8);
+    // Within the note's column, so that it does not cover the code.
+    const column = element.closest(".note")?.getBoundingClientRect().right;
+    const left = Math.min(place.left, (column ?? document.documentElement.clientWidth - 8) - size.width);
     card.style.left = `${Math.max(8, left)}px`;
     card.style.top = `${below ? place.bottom + 6 : Math.max(8, place.top - size.height - 6)}px`;
     card.addEventListener("pointerenter", () => clearTimeout(closing));
