@@ -1,40 +1,35 @@
 """What mkdocs does not do by itself: code beside the text, links into the code, formulas.
 
 The pages are Markdown that a code host shows as well, and speak of the code by links only
-(docs/lines.py). Markers right under a heading set that section in two columns: the text on the
-left, those lines of the shipped file on the right. Any other link to code leads to the line in a
-copy of the file on the site. A name, banner or line that has gone fails the build. A link in a
-paragraph of its own to a file of docs/recipes shows that file below it.
+(docs/lines.py). A page that reads a script shows all of its lines in rows (docs/reader.py). On
+other pages, markers right under a heading set that section in two columns: the text on the left,
+those lines of the shipped file on the right. Any other link to code leads to the line on the page
+that reads the script, or in a copy of the file on the site. A name, banner or line that has gone
+fails the build. A link to a file of docs/recipes in a paragraph of its own shows it below.
 """
 
 import copy
 import functools
-import html
 import posixpath
 import re
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
-from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lines import CODE, LINK, MARKER, ROOT, select, source
+import reader
+from formulas import mathml, named
+from lines import CODE, FENCE, HEADING, LINK, MARKER, READS, ROOT, readers, select
 
-HEADING = re.compile(r"^#{1,6} ")
 # A new line that is no space: between Chinese characters, or after Chinese punctuation.
 NO_SPACE = re.compile(
     "(?<=[\u3400-\u9fff])\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])"
     "|(?<=[\u3000-\u303f\uff00-\uffef])\n[ \t]*"
 )
 RECIPE = re.compile(r"^\[`([\w.]+)`\]\(\.\./recipes/\1\)$", re.MULTILINE)
-FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
 
 def repo_path(page: str, target: str) -> str:
@@ -46,25 +41,25 @@ def repo_path(page: str, target: str) -> str:
 def site_path(path: str, page: str) -> str:
     """Return the way from a page to a file of the repository on the site."""
     there = path.removeprefix("docs/")
-    if there == path:  # outside docs/: there is a copy, code as a page
+    if path in readers():
+        language = "zh" if page.startswith("zh/") or page.endswith(".zh.md") else "en"
+        there = f"{language}/{readers()[path]}"
+    elif there == path:  # outside docs/: there is a copy, code as a page
         there = f"repo/{path}.md" if path.endswith(".py") else f"repo/{path}"
     return posixpath.relpath(there, posixpath.dirname(page) or ".")
 
 
 def beside(match: re.Match, page: str) -> str:
-    """Return the lines that a marker speaks of as a fenced block, with their numbers."""
-    file, start, end, target = match.groups()
+    """Return the lines that a marker speaks of, with their numbers, as HTML."""
+    file, start, end, target, _ = match.groups()
     if repo_path(page, target) != file:
         raise PluginError(f"{page}: the link to {file} leads to {target}")
     first, last = select(file, start, end)
-    body = source(file)[first - 1 : last]
-    indent = min(len(line) - len(line.lstrip()) for line in body if line.strip())
-    body = [line[indent:] for line in body]
-    way = f"{site_path(file, page)}#L-{first}"
-    words = f"第 {first} 至 {last} 行" if page.startswith("zh/") else f"lines {first} to {last}"
+    home = site_path(file, page).removesuffix(".md") + ".html"
+    text = reader.words(page)["lines"].format(first, last)
     return (
-        f"[`{file}`, {words}]({way}){{ .where }}\n\n"
-        f'```python linenums="{first}"\n' + "\n".join(body) + "\n```\n"
+        f'<p class="where"><a href="{home}#L-{first}"><code>{file}</code>, {text}</a></p>'
+        + reader.placeholder(file, first, last)
     )
 
 
@@ -104,8 +99,7 @@ def in_columns(lines: list[str], page: str) -> list[str]:
             text.append(lines[j])
             j += 1
         out += ['<div class="step" markdown="1">', '<div class="why" markdown="1">', "", line, ""]
-        out += [*text, "", "</div>", '<div class="lines" markdown="1">', "", *blocks]
-        out += ["", "</div>", "</div>", ""]
+        out += [*text, "", "</div>", '<div class="lines">', *blocks, "</div>", "</div>", ""]
         i = j
     return out
 
@@ -121,14 +115,12 @@ def on_files(files, config):
                 continue
             if not (ROOT / path).exists():
                 raise PluginError(f"{page} links to {path}, which does not exist")
-            if path in added or not (ROOT / path).is_file():
+            if path in added or path in readers() or not (ROOT / path).is_file():
                 continue
             added.add(path)
             if path.endswith(".py"):
-                formatter = HtmlFormatter(linenos="table", lineanchors="L", anchorlinenos=True)
-                code = highlight((ROOT / path).read_text(), PythonLexer(), formatter)
                 content = "---\nsearch: {exclude: true}\nhide: [navigation, toc, footer]\n---\n\n"
-                content += f'# {path}\n\n<div class="whole">{code}</div>\n'
+                content += f'# {path}\n\n<div class="whole">{reader.whole(path)}</div>\n'
                 files.append(File.generated(config, f"repo/{path}.md", content=content))
             else:
                 copied = File.generated(config, f"repo/{path}", abs_src_path=str(ROOT / path))
@@ -143,6 +135,8 @@ def on_page_markdown(markdown, page, config, files):
     name = page.file.src_uri
     if name.endswith(".py.md"):
         return markdown
+    if READS.search(markdown):
+        page.meta["hide"] = ["navigation", "toc"]  # the width is for the code
     try:
         return with_code(markdown, name)
     except LookupError as error:
@@ -165,17 +159,23 @@ def with_code(markdown: str, name: str) -> str:
         code = re.fullmatch(CODE, text)
         if path.endswith(".py") and code and code[1] not in (path, posixpath.basename(path)):
             anchor = f"L-{select(path, code[1])[0]}"
+        elif readers().get(path) == posixpath.basename(name):
+            anchor = "L-1"
         return f"{image}[{text}]({site_path(path, name)}{'#' * bool(anchor)}{anchor})"
 
-    markdown = RECIPE.sub(with_recipe, markdown)
-    return "".join(
+    reads = READS.search(markdown)
+    markdown = "".join(
         part if is_code else LINK.sub(lead, part)
-        for part, is_code in parts("\n".join(in_columns(markdown.split("\n"), name)))
+        for part, is_code in parts(RECIPE.sub(with_recipe, markdown))
     )
+    head = ""
+    if reads:
+        head, markdown = reader.with_rows(markdown, name)
+    return head + "\n".join(in_columns(markdown.split("\n"), name))
 
 
 def parts(markdown: str) -> list[tuple[str, bool]]:
-    """Split a page into prose and code: fenced blocks, and the lines that say where they are from.
+    """Split a page into prose and code: fenced blocks and markers.
 
     Prose stays in one piece, for the text of a link may go on in the next line.
     """
@@ -183,7 +183,7 @@ def parts(markdown: str) -> list[tuple[str, bool]]:
     fence = ""
     for line in markdown.splitlines(keepends=True):
         mark = FENCE.match(line)
-        is_code = bool(fence or mark) or line.rstrip().endswith("{ .where }")
+        is_code = bool(fence or mark or MARKER.match(line.rstrip("\n")))
         if mark and (not fence or line.strip().startswith(fence)):
             fence = "" if fence else mark[1]
         if found and found[-1][1] == is_code:
@@ -193,38 +193,44 @@ def parts(markdown: str) -> list[tuple[str, bool]]:
     return found
 
 
-def formula(match: re.Match, display: str) -> str:
-    """Return TeX as MathML, which browsers set by themselves."""
-    tex = " ".join(html.unescape(match[1]).split())
-    mathml = convert(tex, display=display)
-    # A function's name and its argument: LaTeX sets a thin space between them.
-    space = r'\1<mspace width="0.17em"/>'
-    mathml = re.sub(r"(?<!<msup>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo)", space, mathml)
-    children = {"msup": 2, "msub": 2, "mfrac": 2, "munder": 2, "mover": 2, "munderover": 3}
+def formula(match: re.Match, display: str, language: str) -> str:
+    """Return TeX as MathML; on a page that reads a script, with the names of its symbols."""
     try:
-        elements = list(ElementTree.fromstring(mathml).iter())
-    except ElementTree.ParseError as error:
-        raise PluginError(f"no MathML for {tex}") from error
-    wrong = [e for e in elements if len(e) != children.get(e.tag.partition("}")[2], len(e))]
-    if wrong or "\\" in mathml:
-        raise PluginError(f"no MathML for {tex}")
-    return f'<div class="formula">{mathml}</div>' if display == "block" else mathml
+        found = mathml(match[1], display)
+    except ValueError as error:
+        raise PluginError(str(error)) from error
+    found = named(found, language) if language else found
+    return f'<div class="formula">{found}</div>' if display == "block" else found
 
 
 def on_page_content(content, page, config, files):
-    """Turn formulas into MathML, and join lines of Chinese."""
+    """Turn formulas into MathML, join lines of Chinese, put in the code of markers."""
+    name = page.file.src_uri
+    reads = '<div class="reader"' in content
     content = NO_SPACE.sub("", content)
-    content = re.sub(
-        r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>',
-        functools.partial(formula, display="block"),
-        content,
-        flags=re.DOTALL,
-    )
+    for display, pattern in (
+        ("block", r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'),
+        ("inline", r'<span class="arithmatex">\\\((.*?)\\\)</span>'),
+    ):
+        language = name[:2] if reads else ""
+        set_it = functools.partial(formula, display=display, language=language)
+        content = re.sub(pattern, set_it, content, flags=re.DOTALL)
+
+    def home(file: str) -> str:
+        return site_path(file, name).removesuffix(".md") + ".html"
+
+    if reads:
+        content = reader.finish(content, name, page.toc, home)
+        page.present_anchor_ids |= set(re.findall(r'id="(L-\d+)"', content))
+    else:
+        content = reader.CODE_HERE.sub(
+            lambda m: reader.block(m[1], int(m[2]), int(m[3]), home=home(m[1])), content
+        )
+    # A line never breaks within a flag.
     return re.sub(
-        r'<span class="arithmatex">\\\((.*?)\\\)</span>',
-        functools.partial(formula, display="inline"),
+        r"(<code[^>]*>)([^<]*--[^<]*)(?=</code>)",
+        lambda m: m[1] + re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', m[2]),
         content,
-        flags=re.DOTALL,
     )
 
 
@@ -244,6 +250,15 @@ def on_page_context(context, page, config, nav):
         child for item in nav.items if item.title == names.get(language) for child in item.children
     ]
     context["nav"] = own if own.items else nav
+    for way in ("previous_page", "next_page"):  # in the footer
+        other = getattr(page, way)
+        if other and other.url.partition("/")[0] != language:
+            setattr(page, way, None)
+    pages = "".join(
+        f'<li><a href="{posixpath.basename(other.url)}">{other.title}</a></li>'
+        for other in own.items
+    )
+    page.content = page.content.replace("<!-- pages -->", f"<ul>{pages}</ul>")
     return context
 
 

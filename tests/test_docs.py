@@ -3,13 +3,12 @@
 import functools
 import html
 import importlib.util
-import os
+import json
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -92,8 +91,11 @@ def test_links_that_wrap_over_a_line_end_are_found() -> None:
 def test_code_that_a_page_speaks_of_is_there(name: str) -> None:
     """Functions, banners, lines and tests; docs/hooks.py stops the build in the same cases."""
     page = DOCS / name
-    for file, start, end, target in lines["MARKER"].findall(page.read_text()):
+    read = lines["READS"].search(page.read_text())
+    for file, start, end, target, _ in lines["MARKER"].findall(page.read_text()):
         assert (page.parent / target).resolve() == ROOT / file
+        if read and file == read[1]:
+            continue  # a row, below
         first, last = lines["select"](file, start, end or None)
         assert 0 < first <= last <= first + 100
     text = lines["MARKER"].sub("", prose(page))
@@ -120,6 +122,70 @@ def test_lines_are_found() -> None:
         "ppo_discrete.py", 'if args.objective == "clip":', "loss = -surrogate"
     )
     assert last > first and source[last - 1].strip().startswith("loss = -surrogate")
+
+
+# ---- Pages that read a script ------------------------------------------------------------------
+
+
+READERS = [name for name in NAMES if lines["READS"].search((DOCS / name).read_text())]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_rows_hold_every_line_of_the_script_once(name: str) -> None:
+    file, _, rows, _ = lines["rows"]((DOCS / name).read_text())
+    shown = [n for row in rows for n in range(row.first, row.last + 1)]
+    assert shown == list(range(1, len((ROOT / file).read_text().splitlines()) + 1))
+    assert len({row.option for row in rows if row.option.startswith("ppo")}) == 3
+    for row in rows:  # a paragraph of code, not a page of it
+        assert row.option == "fold" or row.last - row.first < 30, row.first
+
+
+ROWS = """# Title
+<!-- reads gae.py -->
+{}
+"""
+MARK = "[`gae.py`: `{}`](../../gae.py)"
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ([MARK.format("gae")], "is line"),  # lines above it are not shown
+        ([MARK.format("docstring"), MARK.format("gae"), MARK.format("import")], "is no name|line"),
+        ([MARK.format("docstring"), "## Two", "Text."], "no marker right under"),
+        ([MARK.format("docstring"), "## Two"], "no marker under"),
+        (["Text."], "no marker under"),
+        ([MARK.format("docstring"), MARK.format("no line")], "begins 0 lines"),
+        (
+            [MARK.format("docstring").partition("](")[0] + " to `gae`](../../gae.py)"],
+            "ends where the next",
+        ),
+    ],
+)
+def test_rows_that_would_leave_out_a_line_are_an_error(body: list[str], problem: str) -> None:
+    with pytest.raises(LookupError, match=problem):
+        lines["rows"](ROWS.format("\n\n".join(body)))
+
+
+def test_rows_are_parsed() -> None:
+    body = ["Above.", "## One", "### Two", MARK.format("docstring"), "Note.", "```", "# No heading"]
+    body += ["```", MARK.format("import torch") + " <!-- fold -->", "Imports.", "## Three"]
+    body += [MARK.format("gae") + " <!-- ppo 2 -->", "<!-- end of gae.py -->", "## Free", ""]
+    file, above, rows, below = lines["rows"](ROWS.format("\n".join(body)))
+    assert file == "gae.py" and above.endswith("Above.") and below.startswith("## Free")
+    assert [row.headings for row in rows] == [["## One", "### Two"], [], ["## Three"]]
+    assert [row.option for row in rows] == ["", "fold", "ppo 2"]
+    assert rows[0].first == 1 and rows[0].note == ["Note.", "```", "# No heading", "```"]
+    assert [row.last + 1 for row in rows[:-1]] == [row.first for row in rows[1:]]
+
+
+def test_a_beginning_that_occurs_twice_is_the_next_one() -> None:
+    _, _, rows, _ = lines["rows"]((DOCS / "en" / "discrete.md").read_text())
+    source = (ROOT / "ppo_discrete.py").read_text().splitlines()
+    starts = [i for i, line in enumerate(source, 1) if line.strip() == "if args.compile:"]
+    assert len(starts) == 2
+    assert starts[0] not in {row.first for row in rows}
+    assert starts[1] in {row.first for row in rows}
 
 
 def test_flags_that_the_pages_name_exist() -> None:
@@ -309,31 +375,6 @@ def test_commands_and_recipes_run(name: str, monkeypatch, capsys, tmp_path) -> N
 # ---- The site ----------------------------------------------------------------------------------
 
 
-FILES_OF_THE_SITE = ("LICENSE", "mkdocs.yml", "docs", "tests", "benchmarks")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """Build the site once, in a copy of the repository, by the command that the pages name."""
-    if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
-        pytest.skip("the docs extra is not installed")
-    command = "mkdocs build"  # nothing more: under --quiet it would count no warnings
-    for page in DOCS.glob("*/index.md"):
-        assert re.search(rf"(^|&& ){command}[`\n]", page.read_text(), re.MULTILINE), page
-    copy = tmp_path_factory.mktemp("repository")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *map(ROOT.joinpath, FILES_OF_THE_SITE)]:
-        if path.is_dir():
-            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, copy)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        command.split(), cwd=copy, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return copy / "site"
-
-
 def test_the_site_builds_and_fetches_nothing(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text()
@@ -359,20 +400,111 @@ def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
     for page in (site / "zh").glob("*.html"):
         split = re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u3400-\u9fff]", page.read_text())
         assert split is None, page.name
-    assert re.search(
-        r"ppo_discrete\.py</code>, 第 \d+ 至 \d+ 行", (site / "zh/discrete.html").read_text()
-    )
+    text = (site / "zh/continuous.html").read_text()
+    assert re.search(r"ppo_continuous\.py</code>, 第 \d+ 至 \d+ 行", text)
 
 
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
-    text = (site / "en" / "discrete.html").read_text()
-    markers = lines["MARKER"].findall((DOCS / "en" / "discrete.md").read_text())
-    assert text.count('class="where"') == len(markers) > 20
+    text = (site / "en" / "continuous.html").read_text()
+    markers = lines["MARKER"].findall((DOCS / "en" / "continuous.md").read_text())
+    assert text.count('class="where"') == len(markers) > 3
     assert "<math" in text and "arithmatex" not in text
+
+
+def lines_of(text: str) -> dict[int, str]:
+    """Return the lines of code that have their address on a page, without their colours."""
+    found = re.findall(
+        r'<span class="line" id="L-(\d+)"><a href="#L-\1" data-line="\1"[^>]*></a>'
+        r'<span class="text">(.*)\n</span></span>',
+        text,
+    )
+    numbers = [int(n) for n, _ in found]
+    assert numbers == sorted(set(numbers)) and len(numbers) == text.count('id="L-')
+    return {int(n): html.unescape(re.sub("<[^>]+>", "", line)) for n, line in found}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_page_shows_every_line_of_its_script_once(name: str, site: Path) -> None:
+    file = lines["READS"].search((DOCS / name).read_text())[1]
+    text = (site / name).with_suffix(".html").read_text()
+    source = (ROOT / file).read_text().splitlines()
+    assert lines_of(text) == dict(enumerate(source, 1))
+    assert not (site / "repo" / f"{file}.html").exists()
+    rows = lines["rows"]((DOCS / name).read_text())[2]
+    assert text.count('<details class="fold">') == sum(row.option == "fold" for row in rows) > 0
+    assert re.findall(r'<div class="row[^"]*" data-ppo="(\d)"', text) == [
+        row.option[4:] for row in rows if row.option.startswith("ppo")
+    ]
+
+
+def test_a_file_without_a_reader_page_keeps_a_copy(site: Path) -> None:
+    text = (site / "repo" / "experiment.py.html").read_text()
+    assert lines_of(text) == dict(enumerate((ROOT / "experiment.py").read_text().splitlines(), 1))
+
+
+def test_links_to_code_lead_to_the_page_that_reads_it(site: Path) -> None:
     first, _ = lines["select"]("ppo_discrete.py", "clipped_surrogate")
-    page = (site / "en" / "policy-gradient.html").read_text()
-    assert f"repo/ppo_discrete.py.html#L-{first}" in page
-    assert f'id="L-{first}"' in (site / "repo" / "ppo_discrete.py.html").read_text()
+    for page in ("en/details", "en/policy-gradient", "zh/details", "zh/policy-gradient"):
+        text = (site / f"{page}.html").read_text()
+        assert f'href="discrete.html#L-{first}"' in text
+        assert "repo/ppo_discrete.py.html" not in text
+    first, _ = lines["select"]("experiment.py", "evaluate")
+    assert f"../repo/experiment.py.html#L-{first}" in (site / "en/discrete.html").read_text()
+
+
+def row_at(text: str, start: str) -> str:
+    """Return the HTML of the row of ppo_discrete.py whose first line begins so."""
+    first = lines["line_of"]("ppo_discrete.py", start)
+    (row,) = (x for x in text.split('<div class="row')[1:] if x.count(f'id="L-{first}"'))
+    return row
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_names_are_bound_to_code_formulas_and_facts(language: str, site: Path) -> None:
+    text = (site / language / "discrete.html").read_text()
+    row = row_at(text, "def clipped_surrogate(")
+    assert '<code data-name="clipped" tabindex="0">' in row  # in the note
+    assert row.count('<span class="n" data-name="clipped">clipped</span>') == 2  # in the code
+    for name in ("ratio", "advantages", "clip_coef"):  # in formula and code
+        assert (
+            f'<mrow data-name="{name}"><m' in row and f'<span class="n" data-name="{name}">' in row
+        )
+    row = row_at(text, "entropy = entropies.mean()")
+    assert re.search(r'<mrow data-name="ent_coef"><msub><mi>c</mi><mn>2</mn></msub></mrow>', row)
+
+    cards = json.loads(re.search(r'id="cards">(.*?)</script>', text)[1])
+    source = (ROOT / "ppo_discrete.py").read_text().splitlines()
+    card = cards["clip_coef"]
+    assert (card["flag"], card["default"]) == ("--clip-coef", "0.2")
+    assert card["help"] in (ROOT / "ppo_discrete.py").read_text() and card["help"]
+    assert "<mi>&#x003B5;</mi>" in card["symbol"][0] and card["meaning"]
+    assert "debugging.html#clip-wide" in [link for _, link in card["effects"]]
+    assert ["(T + 1, N)", "train"] in cards["values"]["shape"]
+    assert ["(B,)", "Batch"] in cards["values"]["shape"]
+    assert ["(T, N)", "train"] in cards["rewards"]["shape"]
+    assert source[cards["normalise"]["line"] - 1].startswith("def normalise(")
+    assert cards["norm_adv"]["help"].startswith("The rows over which")
+    for name, card in cards.items():
+        for _, link in card.get("effects", []):
+            page, _, anchor = link.partition("#")
+            assert f'id="{anchor}"' in (site / language / page).read_text(), f"{name}: {link}"
+
+
+def test_the_footer_stays_within_a_language(site: Path) -> None:
+    ways = re.compile(r'href="([^"]*)" class="md-footer__link')
+    found = {}
+    for language in ("en", "zh"):
+        for page in (site / language).glob("*.html"):
+            found[f"{language}/{page.name}"] = ways.findall(page.read_text())
+    for page, targets in found.items():
+        assert not any(".." in target for target in targets), page
+    assert min(map(len, found.values())) == 1 and max(map(len, found.values())) == 2
+
+
+def test_flags_do_not_break_over_a_line_end(site: Path) -> None:
+    text = (site / "en" / "debugging.html").read_text()
+    assert re.search(r'<code>[^<]*<span class="flag">--anneal-lr</span>', text)
+    assert not re.search(r"<code[^>]*>[^<]*--[a-z]", text)
 
 
 def test_the_site_shows_the_recipes(site: Path) -> None:
