@@ -443,7 +443,7 @@ const ppo = (() => {
 
   return {
     ARGS, MAX_STEPS, MAX_POSITION, MAX_ANGLE, random_generator, cartpole_step, CartPoles,
-    Agent, gae, clipped_surrogate, ppo_loss, normalise, Trainer, finish,
+    Agent, gae, clipped_surrogate, ppo_loss, normalise, Adam, clip_gradient, Trainer, finish,
   };
 })();
 

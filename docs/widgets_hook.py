@@ -1,0 +1,110 @@
+"""Show arrays of docs/data/rollout.json as tables, where a page asks for them.
+
+    <div class="widget" data-widget="values" data-names="obs actions rewards">a sentence</div>
+
+Names are those of docs/values.py. The tables are part of the page, without any JavaScript.
+"""
+
+import functools
+import html
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+
+DATA = Path(__file__).parent / "data" / "rollout.json"
+WIDGET = re.compile(
+    r'<div class="widget" data-widget="values" data-names="([^"]*)">.*?</div>', re.DOTALL
+)
+NUM_STEPS, NUM_ENVS = 4, 2
+# What the first part of a name means, and the caption of every widget.
+WORDS = {
+    "en": {
+        "first": "first minibatch",
+        "last": "last minibatch",
+        "caption": "Recorded in iteration {} of {}.",
+        "reset": "Hatched: the step that only resets its environment.",
+    },
+    "zh": {
+        "first": "第一个小批量",
+        "last": "最后一个小批量",
+        "caption": "记录自 {1} 的第 {0} 次迭代。",
+        "reset": "带斜线的格子是只重置环境的那一步。",
+    },
+}
+
+
+@functools.cache
+def rollout() -> dict[str, Any]:
+    return json.loads(DATA.read_text())
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Put the tables in place of the widgets."""
+    words = WORDS["zh" if page.file.src_uri.startswith("zh/") else "en"]
+    return WIDGET.sub(lambda match: widget(match[1].split(), words), content)
+
+
+def widget(names: list[str], words: dict[str, str]) -> str:
+    """Return the tables of these names, with a caption."""
+    unknown = set(names) - rollout()["tensors"].keys()
+    if unknown or not names:
+        raise PluginError(f"docs/data/rollout.json has no {' '.join(sorted(unknown)) or 'name'}")
+    figures = "".join(figure(name, words) for name in names)
+    command = f"<code>{rollout()['command']}</code>"
+    caption = words["caption"].format(rollout()["iteration"], command)
+    if 'class="reset"' in figures:
+        caption += " " + words["reset"]
+    return (
+        f'<div class="widget" data-widget="values"><div class="tensors">{figures}</div>'
+        f"<p><small>{caption}</small></p></div>"
+    )
+
+
+def figure(name: str, words: dict[str, str]) -> str:
+    """Return one array as a table, below its name and its shape."""
+    tensor = rollout()["tensors"][name]
+    where, _, rest = name.partition(".")
+    title, note = (rest, f", {words[where]}") if where in words else (name, "")
+    shape = ", ".join(map(str, tensor["shape"])) + "," * (len(tensor["shape"]) == 1)
+    caption = f"<code>{html.escape(title)}</code> ({shape}){note}"
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<table class="widget-table">{rows(tensor)}</table></figure>'
+    )
+
+
+def rows(tensor: dict[str, Any]) -> str:
+    """Return the rows of a table: t down and n across, or the rows of a batch across."""
+    numbers, shape = tensor["numbers"], tensor["shape"]
+    if not shape:
+        return f"<tbody><tr><td>{text(numbers)}</td></tr></tbody>"
+    if shape[0] not in (NUM_STEPS, NUM_STEPS + 1) or shape[1:2] != [NUM_ENVS]:  # (B, ...)
+        head = "".join(f'<th scope="col">{i}</th>' for i in range(shape[0]))
+        cells = "".join(f"<td>{text(x)}</td>" for x in numbers)
+        return f"<thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody>"
+    head = "<th></th>" + "".join(f'<th scope="col">n = {n}</th>' for n in range(NUM_ENVS))
+    body = "".join(
+        f'<tr><th scope="row">t = {t}</th>'
+        + "".join(cell(t, n, x) for n, x in enumerate(row))
+        + "</tr>"
+        for t, row in enumerate(numbers)
+    )
+    return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def cell(t: int, n: int, value: Any) -> str:
+    is_transition = rollout()["tensors"]["is_transition"]["numbers"]
+    kind = ' class="reset"' if t < NUM_STEPS and not is_transition[t][n] else ""
+    return f'<td data-step="{t},{n}"{kind}>{text(value)}</td>'
+
+
+def text(value: Any) -> str:
+    """Return a number, or the numbers of an observation on a line each."""
+    if isinstance(value, list):
+        flat = itertools.chain.from_iterable(x if isinstance(x, list) else [x] for x in value)
+        return "".join(f"<span>{text(x)}</span>" for x in flat)
+    return str(value) if isinstance(value, bool | int) else f"{value:.4g}"
