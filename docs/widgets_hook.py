@@ -16,9 +16,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 
 DATA = Path(__file__).parent / "data" / "rollout.json"
-WIDGET = re.compile(
-    r'<div class="widget" data-widget="values" data-names="([^"]*)">.*?</div>', re.DOTALL
-)
+WIDGET = re.compile(r'<div ([^>]*data-widget="values"[^>]*)>.*?</div>', re.DOTALL)
+NAMES = re.compile(r'data-names="([^"]*)"')  # Markdown may have sorted the attributes
 NUM_STEPS, NUM_ENVS = 4, 2
 # What the first part of a name means, and the caption of every widget.
 WORDS = {
@@ -45,7 +44,12 @@ def rollout() -> dict[str, Any]:
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     """Put the tables in place of the widgets."""
     words = WORDS["zh" if page.file.src_uri.startswith("zh/") else "en"]
-    return WIDGET.sub(lambda match: widget(match[1].split(), words), content)
+
+    def tables(match: re.Match) -> str:
+        names = NAMES.search(match[1])
+        return widget(names[1].split() if names else [], words)
+
+    return WIDGET.sub(tables, content)
 
 
 def widget(names: list[str], words: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -235,12 +236,16 @@ def test_values_become_tables_and_an_unknown_name_stops_the_build() -> None:
     assert "<code>loss</code> (), last minibatch" in table
     assert table.count('class="reset"') == 2 and words["reset"] in table
     assert words["reset"] not in hook.widget(["first.ratio"], words)
-    text = '<p>a</p><div class="widget" data-widget="values" data-names="{}">b</div>'
-    page = type("Page", (), {"file": type("File", (), {"src_uri": "en/x.md"})})
-    content = hook.on_page_content(text.format("rewards"), page, None, None)
-    assert content.startswith("<p>a</p>") and "(4, 2)" in content and ">b<" not in content
-    with pytest.raises(hook.PluginError, match="no_such_name"):
-        hook.on_page_content(text.format("rewards no_such_name"), page, None, None)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="en/x.md"))
+    for text in (
+        '<p>a</p><div class="widget" data-widget="values" data-names="{}">b</div>',
+        '<p>a</p><div class="widget" data-names="{}" data-widget="values">b</div>',  # sorted
+    ):
+        content = hook.on_page_content(text.format("rewards"), page, None, None)
+        assert content.startswith("<p>a</p>") and "(4, 2)" in content and ">b<" not in content
+        for names in ("rewards no_such_name", ""):
+            with pytest.raises(hook.PluginError, match=r"has no (no_such_)?name"):
+                hook.on_page_content(text.format(names), page, None, None)
 
 
 # ---- In the browser ----------------------------------------------------------------------------
