@@ -7,7 +7,6 @@ Names are those of docs/values.py. The tables are part of the page, without any 
 
 import functools
 import html
-import itertools
 import json
 import re
 from pathlib import Path
@@ -22,12 +21,14 @@ NUM_STEPS, NUM_ENVS = 4, 2
 # What the first part of a name means, and the caption of every widget.
 WORDS = {
     "en": {
+        "comma": ", ",
         "first": "first minibatch",
         "last": "last minibatch",
-        "caption": "Recorded in iteration {} of {}.",
+        "caption": "Recorded in iteration {} of {}. ",
         "reset": "Hatched: the step that only resets its environment.",
     },
     "zh": {
+        "comma": " ",
         "first": "第一个小批量",
         "last": "最后一个小批量",
         "caption": "记录自 {1} 的第 {0} 次迭代。",
@@ -61,7 +62,7 @@ def widget(names: list[str], words: dict[str, str]) -> str:
     command = f"<code>{rollout()['command']}</code>"
     caption = words["caption"].format(rollout()["iteration"], command)
     if 'class="reset"' in figures:
-        caption += " " + words["reset"]
+        caption += words["reset"]
     return (
         f'<div class="widget" data-widget="values"><div class="tensors">{figures}</div>'
         f"<p><small>{caption}</small></p></div>"
@@ -72,7 +73,7 @@ def figure(name: str, words: dict[str, str]) -> str:
     """Return one array as a table, below its name and its shape."""
     tensor = rollout()["tensors"][name]
     where, _, rest = name.partition(".")
-    title, note = (rest, f", {words[where]}") if where in words else (name, "")
+    title, note = (rest, words["comma"] + words[where]) if where in words else (name, "")
     shape = ", ".join(map(str, tensor["shape"])) + "," * (len(tensor["shape"]) == 1)
     caption = f"<code>{html.escape(title)}</code> ({shape}){note}"
     return (
@@ -82,33 +83,40 @@ def figure(name: str, words: dict[str, str]) -> str:
 
 
 def rows(tensor: dict[str, Any]) -> str:
-    """Return the rows of a table: t down and n across, or the rows of a batch across."""
+    """Return the rows of a table: t down and n across, or the rows b of a batch down."""
     numbers, shape = tensor["numbers"], tensor["shape"]
+    decimals = 0 if all(float(x).is_integer() for x in flat(numbers)) else 3
     if not shape:
-        return f"<tbody><tr><td>{text(numbers)}</td></tr></tbody>"
+        return f"<tbody><tr><td>{text(numbers, decimals)}</td></tr></tbody>"
     if shape[0] not in (NUM_STEPS, NUM_STEPS + 1) or shape[1:2] != [NUM_ENVS]:  # (B, ...)
-        head = "".join(f'<th scope="col">{i}</th>' for i in range(shape[0]))
-        cells = "".join(f"<td>{text(x)}</td>" for x in numbers)
-        return f"<thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody>"
+        body = "".join(
+            f'<tr><th scope="row">b = {b}</th><td>{text(x, decimals)}</td></tr>'
+            for b, x in enumerate(numbers)
+        )
+        return f"<tbody>{body}</tbody>"
     head = "<th></th>" + "".join(f'<th scope="col">n = {n}</th>' for n in range(NUM_ENVS))
     body = "".join(
         f'<tr><th scope="row">t = {t}</th>'
-        + "".join(cell(t, n, x) for n, x in enumerate(row))
+        + "".join(cell(t, n, text(x, decimals)) for n, x in enumerate(row))
         + "</tr>"
         for t, row in enumerate(numbers)
     )
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
 
 
-def cell(t: int, n: int, value: Any) -> str:
+def cell(t: int, n: int, content: str) -> str:
     is_transition = rollout()["tensors"]["is_transition"]["numbers"]
     kind = ' class="reset"' if t < NUM_STEPS and not is_transition[t][n] else ""
-    return f'<td data-step="{t},{n}"{kind}>{text(value)}</td>'
+    return f'<td data-step="{t},{n}"{kind}>{content}</td>'
 
 
-def text(value: Any) -> str:
+def flat(numbers: Any) -> list[Any]:
+    """Return the numbers of nested lists in one list."""
+    return [x for y in numbers for x in flat(y)] if isinstance(numbers, list) else [numbers]
+
+
+def text(value: Any, decimals: int) -> str:
     """Return a number, or the numbers of an observation on a line each."""
     if isinstance(value, list):
-        flat = itertools.chain.from_iterable(x if isinstance(x, list) else [x] for x in value)
-        return "".join(f"<span>{text(x)}</span>" for x in flat)
-    return str(value) if isinstance(value, bool | int) else f"{value:.4g}"
+        return "".join(f"<span>{text(x, decimals)}</span>" for x in flat(value))
+    return str(value) if isinstance(value, bool) else f"{value:.{decimals}f}"
