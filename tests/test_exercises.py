@@ -1,4 +1,4 @@
-"""What the exercises of the pages say happens, happens: each "Break it" command, shortened."""
+"""What the first page shows, and what the exercises say happens: each "Break it", shortened."""
 
 import re
 import shlex
@@ -132,3 +132,28 @@ def test_each_page_with_exercises_has_three_questions_and_as_many_answers() -> N
             for part in (questions, rest):
                 assert re.findall(r"^\d\. ", part, re.M) == ["1. ", "2. ", "3. "], page
             assert text.count("<details") == text.count("</details>") == 2, page
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_program_of_the_first_page_gets_what_the_page_says(language: str, capsys) -> None:
+    text = (ROOT / "docs" / language / "start.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    for _ in range(300):
+        exec(program, {})
+    returns = [float(line.removeprefix("return:")) for line in capsys.readouterr().out.splitlines()]
+    assert len(returns) == 300
+    said = re.search(r"the return is about (\d+) |平均回报大约是 (\d+)。", text)
+    assert abs(np.mean(returns) - int(said[1] or said[2])) < 4.5  # six standard errors
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_films_are_small_and_start_only_when_asked(language: str) -> None:
+    page = ROOT / "docs" / language / "start.md"
+    films = re.findall(r"<video (.*?)>", page.read_text(), re.S)
+    assert len(films) == 2
+    size = 0
+    for attributes in films:
+        assert "controls" in attributes and "autoplay" not in attributes
+        for path in re.findall(r'(?:src|poster)="([^"]+)"', attributes):
+            size += (page.parent / path).stat().st_size
+    assert 0 < size < 400_000
