@@ -308,6 +308,7 @@ OTHERS = {
     "mkdir mine && cp *.py docs/recipes/*.* mine && cd mine",
     "python ppo_discrete.py --env-id CartPole-v1 --seed 2",
     "diff ppo_discrete.py ppo_continuous.py",
+    "diff ppo_discrete.py ppo_atari.py",
     "diff ppo_discrete.py ppo_lstm.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
