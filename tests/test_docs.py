@@ -308,6 +308,7 @@ OTHERS = {
     "mkdir mine && cp *.py docs/recipes/*.* mine && cd mine",
     "python ppo_discrete.py --env-id CartPole-v1 --seed 2",
     "diff ppo_discrete.py ppo_continuous.py",
+    "diff ppo_discrete.py ppo_atari.py",
     "diff ppo_discrete.py ppo_lstm.py",
     "mkdocs build",  # by the site's tests below
     'pip install -c constraints.txt -e ".[docs]"',
@@ -400,13 +401,13 @@ def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
     for page in (site / "zh").glob("*.html"):
         split = re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u3400-\u9fff]", page.read_text())
         assert split is None, page.name
-    text = (site / "zh/continuous.html").read_text()
-    assert re.search(r"ppo_continuous\.py</code>, 第 \d+ 至 \d+ 行", text)
+    text = (site / "zh/lstm.html").read_text()
+    assert re.search(r"ppo_lstm\.py</code>, 第 \d+ 至 \d+ 行", text)
 
 
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
-    text = (site / "en" / "continuous.html").read_text()
-    markers = lines["MARKER"].findall((DOCS / "en" / "continuous.md").read_text())
+    text = (site / "en" / "lstm.html").read_text()
+    markers = lines["MARKER"].findall((DOCS / "en" / "lstm.md").read_text())
     assert text.count('class="where"') == len(markers) > 3
     assert "<math" in text and "arithmatex" not in text
 
