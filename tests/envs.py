@@ -575,40 +575,6 @@ class MaskedAdditively(Masked):
         return *Identity.step(self, action)[:-1], {"action_mask": self.legal()}
 
 
-class NothingToSee(Identity):
-    """Shows an empty vector."""
-
-    observation_space = Box(0.0, 1.0, (0,), np.float32)
-
-    def _observe(self):
-        super()._observe()
-        return np.zeros(0, np.float32)
-
-
-class TooMuchToSee(Identity):
-    """Shows one of 10^9 states, whose one-hot vector fits no memory."""
-
-    observation_space = Discrete(10**9)
-
-
-class TooManyActions(Identity):
-    """Takes one of 10^9 actions."""
-
-    action_space = Discrete(10**9)
-
-
-class MaskOfNames(Identity):
-    """Gives a mask that is no array."""
-
-    def reset(self, **kwargs):
-        obs, info = super().reset(**kwargs)
-        return obs, info | {"action_mask": {"left": 1, "stay": 0, "right": 1}}
-
-
-for name in ("NothingToSee", "TooMuchToSee", "TooManyActions", "MaskOfNames"):
-    gym.register(id=f"test/{name}-v0", entry_point=globals()[name])
-
-
 class MaskedVector(gym.vector.VectorEnv):
     """Episodes of 4 steps that pay 1 for the one legal action, told by `action_masks()` (N, 3)."""
 

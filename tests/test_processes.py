@@ -168,16 +168,14 @@ def wait_for(path: Path, group: subprocess.Popen, rows: int = 0) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_killed_process_ends_all_with_one_true_line_and_the_run_can_continue(run_dir) -> None:
+def test_a_killed_process_ends_all_and_the_run_can_continue(run_dir) -> None:
     flags = f"--run-dir {run_dir} --total-timesteps 2000000 --checkpoint-every 2"
     with launch(["ppo_discrete.py", *flags.split()], stderr=subprocess.PIPE) as group:
         wait_for(run_dir / "checkpoint.pt", group)
         children = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, error = group.communicate(timeout=60)
+        group.communicate(timeout=60)
     assert group.returncode != 0
-    lines = [x for x in error.splitlines() if x.startswith("ppo_discrete.py: another process has")]
-    assert len(lines) == 1 and "experiment.py" not in error
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert len(saved["rngs"]) == 2 and saved["run"]["iteration"] % 2 == 0
 
@@ -203,16 +201,6 @@ def test_train_works_where_pytorch_has_no_distributed(run_dir, monkeypatch) -> N
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     _, results = ppo_discrete.train(quick_args(ppo_discrete, run_dir))
     assert results["global_step"] > 1000
-
-
-def test_an_error_of_ones_own_that_is_no_fault_of_another_process_keeps_its_traceback(
-    run_dir,
-) -> None:
-    def fail(*_: Any) -> bool:
-        raise RuntimeError("simulator licence lost, says gloo")
-
-    with pytest.raises(RuntimeError, match="licence"):
-        ppo_discrete.train(quick_args(ppo_discrete, run_dir), on_iteration=fail)
 
 
 # ---- Compiling ---------------------------------------------------------------------------------
