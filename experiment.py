@@ -100,7 +100,8 @@ class RunArgs:
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
-        self.check_range("num_threads checkpoint_every", 1)
+        self.check_range("num_threads", 1, 1024)
+        self.check_range("checkpoint_every", 1)
         self.check_range("seed", 0, 2**63 - 1)
         folders = {str(x) for x in (self.run_dir, self.resume, self.evaluate) if x is not None}
         if self.run_dir == Path() or len(folders) > 1 or (self.resume and self.evaluate):
@@ -354,6 +355,8 @@ def flatten_observations(args: EnvArgs, envs: VectorEnv, for_images: str) -> Vec
 
     space = envs.single_observation_space
     check(space)
+    if isinstance(space, Dict) and "action_mask" in space.spaces:
+        refuse(args, envs, "vectorised environments must have the action_mask in the info")
     is_flat = isinstance(space, Box) and len(space.shape) == 1
     return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -678,6 +681,8 @@ class Run(contextlib.ExitStack):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with contextlib.suppress(*[OSError] if error else []):  # it is already reported
             super().__exit__(kind, error, trace)
+        if isinstance(error, MemoryError | RuntimeError) and " allocate" in str(error):
+            raise UserError(f"not enough memory: {error}") from error
 
     # Environments
 

@@ -346,6 +346,14 @@ def test_a_mask_in_the_observation_is_not_observed() -> None:
     assert info["action_mask"].shape == (2, 5) and (info["action_mask"].sum(1) == 2).all()
 
 
+def test_a_vector_environment_with_a_mask_in_its_observation_is_refused(monkeypatch) -> None:
+    from tests.envs import MaskedInObs, MaskedVector
+
+    monkeypatch.setattr(MaskedVector, "single_observation_space", MaskedInObs.observation_space)
+    with pytest.raises(UserError, match="action_mask in the info"):
+        make("test/MaskedVector-v0")
+
+
 def test_an_additive_mask_is_one_clear_line(run_dir) -> None:
     """Read as zeros and ones it would allow exactly the illegal actions."""
     args = quick_args(ppo_discrete, run_dir, env_id="test/MaskedAdditively-v0")
