@@ -98,8 +98,19 @@ def in_columns(lines: list[str], page: str) -> list[str]:
                 fence = "" if fence else mark[1]
             text.append(lines[j])
             j += 1
-        out += ['<div class="step" markdown="1">', '<div class="why" markdown="1">', "", line, ""]
-        out += [*text, "", "</div>", '<div class="lines">', *blocks, "</div>", "</div>", ""]
+        out += ['<div class="step" markdown="1">', "", line, ""]
+        out += [
+            '<div class="why" markdown="1">',
+            "",
+            *text,
+            "",
+            "</div>",
+            '<div class="lines">',
+            *blocks,
+            "</div>",
+            "</div>",
+            "",
+        ]
         i = j
     return out
 
@@ -273,5 +284,14 @@ def on_page_context(context, page, config, nav):
 
 
 def on_post_page(output, page, config):
-    """Drop the heads' links to the other languages: the theme would look for a sitemap at each."""
+    """Drop the heads' links to the other languages: the theme would look for a sitemap at each.
+
+    Search in one language, by docs/assets/search.js.
+    """
+    language = "zh" if re.match(r"zh/|.*\.zh\.", page.url) else "en"
+    output = re.sub(
+        r'("search": "[^"]*assets/)(javascripts/workers/[^"]*)"',
+        rf'\1search.js?language={language}&theme=\2"',
+        output,
+    )
     return re.sub(r'\s*<link rel="alternate" [^>]*hreflang[^>]*>', "", output)
