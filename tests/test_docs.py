@@ -407,8 +407,8 @@ def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
     for page in (site / "zh").glob("*.html"):
         split = re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u3400-\u9fff]", page.read_text())
         assert split is None, page.name
-    text = (site / "zh/lstm.html").read_text()
-    assert re.search(r"ppo_lstm\.py</code>, 第 \d+ 至 \d+ 行", text)
+    text = (site / "zh/policy-gradient.html").read_text()
+    assert re.search(r"ppo_discrete\.py</code>, 第 \d+ 至 \d+ 行", text)
 
 
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
