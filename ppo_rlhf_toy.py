@@ -67,7 +67,7 @@ class Args(RunArgs):
     micro_batch_size: int = 512  # Most answers in a model at once; gradients are accumulated.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
-    sft_accuracy: float = 0.46  # Accuracy that ends stage 1 of arithmetic.
+    sft_accuracy: float = 0.46  # Accuracy that ends stage 1 if the reward is known.
     sft_batch_size: int = 64  # Demonstrations in an update of stage 1.
     sft_learning_rate: float = 3e-3  # Learning rate of stage 1, which falls linearly to 0.
     rm_pairs: int = 2048  # Pairs of answers that the reward model learns from.
@@ -90,7 +90,7 @@ class Args(RunArgs):
     missing_eos_penalty: float = 1.0  # Penalty on the score of a response that was cut off.
     value_init: Literal["reward", "policy"] = "reward"  # Model that the value model starts from.
     baseline: Literal["critic", "group"] = "critic"  # A critic, or a group of answers.
-    group_size: int = 8  # Answers to each prompt with baseline group.
+    group_size: int = 8  # G: answers to each prompt with baseline group.
     group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # See group_advantages.
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
@@ -117,8 +117,8 @@ class Args(RunArgs):
         self.check_range("num_layers num_heads d_model context_size max_new_tokens", 1, 2**13)
         self.check_range("sft_batch_size rm_batch_size rm_pairs rm_epochs eval_prompts", 1, 2**20)
         self.check_range("micro_batch_size sft_steps num_iterations warmup_iterations", 1)
-        self.check_range("batch_size group_size", 2, 2**17)
         self.check_range("update_epochs", 1)
+        self.check_range("batch_size group_size", 2, 2**17)
         self.check_range("kl_coef missing_eos_penalty ent_coef", 0)
         self.check_range("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1)
         self.check_range("learning_rate sft_learning_rate rm_learning_rate", 1e-12)
@@ -514,8 +514,8 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
             run.writer.add_scalars("sft/loss", {"stage_1": loss.item()}, step + 1)
         if step % 25 == 24 and not task.learned:
             texts = task.prompts(512, rng)
-            rollout = answer(args, task, model, texts, generator)
-            accuracy = np.mean(task.gold_scores(texts, rollout.answers))
+            answers = answer(args, task, model, texts, generator).answers
+            accuracy = np.mean(task.gold_scores(texts, answers))
             run.writer.add_scalars("sft/accuracy", {"stage_1": accuracy}, step + 1)
             if accuracy > args.sft_accuracy:
                 break  # something is left for PPO to learn
@@ -620,10 +620,10 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
     """Return by how much each score exceeds those of the other answers to its prompt, (B,).
 
-    dr_grpo: s - mean. rloo: s - mean of the others, which is K / (K - 1) as much.
+    dr_grpo: s - mean. rloo: s - mean of the others, which is G / (G - 1) as much.
     grpo: (s - mean) / standard deviation.
     """
-    groups = scores.view(-1, group_size)  # (B / K, K)
+    groups = scores.view(-1, group_size)  # (B / G, G)
     advantages = groups - groups.mean(1, keepdim=True)
     # Of equal scores only a rounding error is left, which a deviation or Adam would blow up.
     is_tie = advantages.abs() < 1e-6 * groups.abs().amax(1, keepdim=True)

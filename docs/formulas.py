@@ -19,6 +19,8 @@ FORMS = {
     r"V(s_{t+1})": "next_values",
     r"\hat A": "advantages",
     r"\log \pi_\theta(a_t \mid s_t)": "log_probs",
+    r"\log \pi_{\text{ref}}(a_t \mid s_t)": "ref_log_probs",
+    r"\varepsilon_{\text{high}}": "clip_coef_high",
     r"S_{\pi_\theta}(s_t)": "entropies",
     r"\log r_t(\theta)": "log_ratio",
     r"\delta_t": "deltas",
