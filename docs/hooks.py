@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import reader
 from formulas import mathml, named
-from lines import CODE, FENCE, HEADING, LINK, MARKER, READS, ROOT, readers, select
+from lines import CODE, FENCE, HEADING, LINK, MARKER, READS, ROOT, readers, select, source
 
 # A new line that is no space: between Chinese characters, or after Chinese punctuation.
 NO_SPACE = re.compile(
@@ -98,8 +98,19 @@ def in_columns(lines: list[str], page: str) -> list[str]:
                 fence = "" if fence else mark[1]
             text.append(lines[j])
             j += 1
-        out += ['<div class="step" markdown="1">', '<div class="why" markdown="1">', "", line, ""]
-        out += [*text, "", "</div>", '<div class="lines">', *blocks, "</div>", "</div>", ""]
+        out += ['<div class="step" markdown="1">', "", line, ""]
+        out += [
+            '<div class="why" markdown="1">',
+            "",
+            *text,
+            "",
+            "</div>",
+            '<div class="lines">',
+            *blocks,
+            "</div>",
+            "</div>",
+            "",
+        ]
         i = j
     return out
 
@@ -120,7 +131,8 @@ def on_files(files, config):
             added.add(path)
             if path.endswith(".py"):
                 content = "---\nsearch: {exclude: true}\nhide: [navigation, toc, footer]\n---\n\n"
-                content += f'# {path}\n\n<div class="whole">{reader.whole(path)}</div>\n'
+                code = reader.placeholder(path, 1, len(source(path)))
+                content += f'# {path}\n\n<div class="whole">{code}</div>\n'
                 files.append(File.generated(config, f"repo/{path}.md", content=content))
             else:
                 copied = File.generated(config, f"repo/{path}", abs_src_path=str(ROOT / path))
@@ -203,8 +215,16 @@ def formula(match: re.Match, display: str, language: str) -> str:
     return f'<div class="formula">{found}</div>' if display == "block" else found
 
 
+def at_home(content: str, page: str) -> str:
+    """Return the file whose lines have their address on this page, if there is one."""
+    reads = re.search(r'<div class="reader" data-file="([^"]+)"', content)
+    if reads:
+        return reads[1]
+    return page.removeprefix("repo/").removesuffix(".md") if page.endswith(".py.md") else ""
+
+
 def on_page_content(content, page, config, files):
-    """Turn formulas into MathML, join lines of Chinese, put in the code of markers."""
+    """Turn formulas into MathML, join lines of Chinese, put in the code as text."""
     name = page.file.src_uri
     reads = '<div class="reader"' in content
     content = NO_SPACE.sub("", content)
@@ -216,16 +236,11 @@ def on_page_content(content, page, config, files):
         set_it = functools.partial(formula, display=display, language=language)
         content = re.sub(pattern, set_it, content, flags=re.DOTALL)
 
-    def home(file: str) -> str:
-        return site_path(file, name).removesuffix(".md") + ".html"
-
     if reads:
-        content = reader.finish(content, name, page.toc, home)
-        page.present_anchor_ids |= set(re.findall(r'id="(L-\d+)"', content))
-    else:
-        content = reader.CODE_HERE.sub(
-            lambda m: reader.block(m[1], int(m[2]), int(m[3]), home=home(m[1])), content
-        )
+        content = reader.finish(content, name, page.toc)
+    if file := at_home(content, name):
+        page.present_anchor_ids |= {f"L-{n}" for n in range(1, len(source(file)) + 1)}
+    content = reader.with_plain_code(content)
     # A line never breaks within a flag.
     return re.sub(
         r"(<code[^>]*>)([^<]*--[^<]*)(?=</code>)",
@@ -259,9 +274,24 @@ def on_page_context(context, page, config, nav):
         for other in own.items
     )
     page.content = page.content.replace("<!-- pages -->", f"<ul>{pages}</ul>")
+    name = page.file.src_uri
+    page.content = reader.with_code(  # the search has read it by now
+        page.content,
+        at_home(page.content, name),
+        lambda file: site_path(file, name).removesuffix(".md") + ".html",
+    )
     return context
 
 
 def on_post_page(output, page, config):
-    """Drop the heads' links to the other languages: the theme would look for a sitemap at each."""
+    """Drop the heads' links to the other languages: the theme would look for a sitemap at each.
+
+    Search in one language, by docs/assets/search.js.
+    """
+    language = "zh" if re.match(r"zh/|.*\.zh\.", page.url) else "en"
+    output = re.sub(
+        r'("search": "[^"]*assets/)(javascripts/workers/[^"]*)"',
+        rf'\1search.js?language={language}&theme=\2"',
+        output,
+    )
     return re.sub(r'\s*<link rel="alternate" [^>]*hreflang[^>]*>', "", output)

@@ -44,8 +44,11 @@ WORDS = {
         "pages": "其他页面",
     },
 }  # fmt: skip
-# The code of a row, put in after Markdown, which would take its time over every line.
-CODE_HERE = re.compile(r'<div class="code" data-code="([^" ]+) (\d+) (\d+)"></div>')
+# Where code goes: empty for Markdown, plain for the search, then in colours. Markdown and the
+# search would take their time over every colour.
+CODE_HERE = re.compile(
+    r'<div class="code" data-code="([^" ]+) (\d+) (\d+)">(?:<pre>.*?</pre>)?</div>', re.DOTALL
+)
 INLINE_CODE = re.compile(r"(<a [^>]*>)?<code>([^<>\n]{1,80})</code>")
 SHAPE = re.compile(r"^\s*([A-Za-z_]\w*)\b[^#]*#\s*(\((?:[A-Z]|\.\.\.)[^)]*\))")
 ZEROS = re.compile(r"^\s*(\w+) = np\.zeros\(\((.*?)\)[,)]")
@@ -111,9 +114,34 @@ def block(file: str, first: int, last: int, names=frozenset(), home: str = "") -
     )
 
 
-def whole(file: str) -> str:
-    """Return a file with an address for each of its lines."""
-    return block(file, 1, len(source(file)))
+def placeholder(file: str, first: int, last: int, content: str = "") -> str:
+    return f'<div class="code" data-code="{file} {first} {last}">{content}</div>'
+
+
+def with_plain_code(content: str) -> str:
+    """Put in the code as the search reads it: text."""
+
+    def plain(match: re.Match) -> str:
+        file, first, last = match[1], int(match[2]), int(match[3])
+        code = html.escape("\n".join(source(file)[first - 1 : last]), quote=False)
+        return placeholder(file, first, last, f"<pre><code>{code}</code></pre>")
+
+    return CODE_HERE.sub(plain, content)
+
+
+def with_code(content: str, file: str, home) -> str:
+    """Put in the code as it is shown. `file` has its home on this page, in other files' `home`."""
+    known = re.search(r'id="cards">(.*?)</script>', content)
+    names = set(re.findall(r'<code data-name="(\w+)"', content)) | set(
+        json.loads(known[1]) if known else ()
+    )
+
+    def code(match: re.Match) -> str:
+        other, first, last = match[1], int(match[2]), int(match[3])
+        marked = frozenset(names) if other == file else frozenset()
+        return block(other, first, last, marked, "" if other == file else home(other))
+
+    return CODE_HERE.sub(code, content)
 
 
 # ---- Rows --------------------------------------------------------------------------------------
@@ -181,12 +209,8 @@ def row_html(file: str, row: Row, line_words: str) -> list[str]:
     return [*out, "</div>", "</div>", *["</details>"] * fold, ""]
 
 
-def placeholder(file: str, first: int, last: int) -> str:
-    return f'<div class="code" data-code="{file} {first} {last}"></div>'
-
-
-def finish(content: str, page: str, toc, home) -> str:
-    """Put in the code, mark the names that the notes speak of, and add the bar and the cards."""
+def finish(content: str, page: str, toc) -> str:
+    """Mark the names that the notes speak of, and add the bar and the cards."""
     file = re.search(r'<div class="reader" data-file="([^"]+)"', content)[1]
     known = cards(file, page[:2])
     said = {name_in(code) for _, code in INLINE_CODE.findall(content)}
@@ -200,12 +224,7 @@ def finish(content: str, page: str, toc, home) -> str:
         focus = "" if link else ' tabindex="0"'
         return f'{link}<code data-name="{name}"{focus}>{code}</code>'
 
-    def code(match: re.Match) -> str:
-        other, first, last = match[1], int(match[2]), int(match[3])
-        marked = frozenset(names) if other == file else frozenset()
-        return block(other, first, last, marked, "" if other == file else home(other))
-
-    content = CODE_HERE.sub(code, INLINE_CODE.sub(mark, content))
+    content = INLINE_CODE.sub(mark, content)
     data = json.dumps({k: known[k] for k in sorted(names & known.keys())}, ensure_ascii=False)
     data = data.replace("</", "<\\/")
     cards_here = f'<script type="application/json" id="cards">{data}</script>'

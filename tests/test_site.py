@@ -2,7 +2,8 @@
 
 import functools
 import http.server
-import importlib.util
+import json
+import re
 import threading
 from pathlib import Path
 
@@ -10,82 +11,28 @@ import pytest
 
 from tests.helpers import ROOT
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
-PAGES = ("en/discrete.html", "zh/discrete.html")
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("en/*.md"))
+READERS = [page.stem for page in PAGES if "\n<!-- reads " in page.read_text()]
+# Each of them in one language and in one scheme.
+READER_PAGES = [(name, *(("en", "light"), ("zh", "dark"))[i % 2]) for i, name in enumerate(READERS)]
+OTHER_PAGES = [f"{x}/{p.stem}.html" for p in PAGES if p.stem not in READERS for x in ("en", "zh")]
+OTHER_PAGES += ["index.html", "repo/index.html"]
+DISCRETE = "en/discrete.html"
 PHONE = 412
 
-pytestmark = pytest.mark.skipif(
-    not (importlib.util.find_spec("playwright") and CHROMIUM.exists()),
-    reason="needs the package playwright and chromium",
-)
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
-def address(site: Path):
-    """Serve the site, as a reader gets it."""
-    handler = functools.partial(Quiet, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def desktop(watched, site: Path):
+    """The discrete page, for tests that leave it as it was."""
+    permissions = ["clipboard-read", "clipboard-write"]
+    return watched.open((site / DISCRETE).as_uri(), permissions=permissions)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGS)
-        yield browser
-        browser.close()
+# ---- Every page --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def open_page(browser, address):
-    """Return a function that opens a page; whatever it complains of or fetches fails the test."""
-    contexts, wrong = [], []
-
-    def open_page(path: str, width: int = 1280, scheme: str = "light", **options):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, **options
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(120_000)  # a loaded machine is slow, not wrong
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(r.url))
-        page.goto(f"{address}/{path}")
-        page.wait_for_load_state("networkidle")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-@pytest.mark.parametrize(
-    ("width", "scheme"), [(1280, "light"), (1440, "dark"), (PHONE, "light"), (PHONE, "dark")]
-)
-@pytest.mark.parametrize("path", PAGES)
-def test_page_fits(path: str, width: int, scheme: str, open_page) -> None:
-    """No line of code is cut on a desktop, no page moves sideways anywhere."""
-    page = open_page(path, width, scheme)
-    page.evaluate("document.querySelectorAll('details.fold, .aside').forEach(d => d.open = true)")
-    page.evaluate("window.scrollTo(1000, 0)")
-    assert page.evaluate("window.scrollX") == 0
+def check_code_and_prose(page, width: int) -> None:
     cut = page.evaluate(
         """() => [...document.querySelectorAll('.reader .line')].filter(line => {
           const box = line.closest('pre').getBoundingClientRect();
@@ -114,32 +61,61 @@ def test_page_fits(path: str, width: int, scheme: str, open_page) -> None:
         }"""
     )
     assert prose <= 1.03
+
+
+def check_notes(page, width: int) -> None:
+    """A note stands beside its code, and on a phone above."""
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll('.reader .row')].filter(
+          row => row.checkVisibility() && !row.matches('.bare')
+        ).map(row => ['.note', '.lines'].map(part => {
+          const box = row.querySelector(part).getBoundingClientRect();
+          return [box.left, box.top, box.right, box.bottom];
+        }))"""
+    )
+    assert len(boxes) > 8
+    bottom = -1.0
+    for note, lines in boxes:
+        if width > PHONE:
+            assert note[2] <= lines[0] and lines[1] < note[3] and note[1] < lines[3]
+        else:  # note, lines, note, lines, ...
+            assert bottom <= note[1] and note[3] <= lines[1] < note[3] + 30
+            bottom = lines[3]
+
+
+def check_no_sideways_scroll(page) -> None:
+    page.evaluate("window.scrollTo(1000, 0)")
+    assert page.evaluate("window.scrollX") == 0, page.url
+
+
+@pytest.mark.parametrize(("name", "language", "scheme"), READER_PAGES)
+def test_a_page_that_reads_a_script_fits(name, language, scheme, open_page) -> None:
+    """No line of code is cut on a desktop, no page moves sideways anywhere."""
+    page = open_page(f"{language}/{name}.html", PHONE, scheme)  # opened once: that costs seconds
+    check_notes(page, PHONE)
+    page.evaluate("document.querySelectorAll('details.fold, .aside').forEach(d => d.open = true)")
+    check_code_and_prose(page, PHONE)
+    check_no_sideways_scroll(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    check_notes(page, 1280)
+    check_code_and_prose(page, 1280)
+    check_no_sideways_scroll(page)
     dark = page.evaluate("document.body.dataset.mdColorScheme")
     assert dark == {"light": "default", "dark": "slate"}[scheme]
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_note_stands_beside_its_code_and_on_a_phone_above(path: str, open_page) -> None:
-    boxes = """() => [...document.querySelectorAll('.reader .row')].filter(
-        row => row.checkVisibility() && !row.matches('.bare')
-      ).map(row => ['.note', '.lines'].map(part => {
-        const box = row.querySelector(part).getBoundingClientRect();
-        return [box.left, box.top, box.right, box.bottom];
-      }))"""
-    beside = open_page(path, 1280).evaluate(boxes)
-    assert len(beside) > 40
-    for note, lines in beside:
-        assert note[2] <= lines[0] and lines[1] < note[3] and note[1] < lines[3]
-    above = open_page(path, PHONE).evaluate(boxes)
-    assert len(above) == len(beside)
-    bottom = -1.0
-    for note, lines in above:  # note, lines, note, lines, ...
-        assert bottom <= note[1] and note[3] <= lines[1] < note[3] + 30
-        bottom = lines[3]
+def test_other_pages_fit_a_phone(open_page, site: Path) -> None:
+    page = open_page(OTHER_PAGES[0], PHONE)
+    for path in OTHER_PAGES:
+        page.goto((site / path).as_uri())
+        check_no_sideways_scroll(page)
 
 
-def test_pointing_at_a_name_lights_up_code_and_formula(open_page) -> None:
-    page = open_page(PAGES[0])
+# ---- A page that reads a script ----------------------------------------------------------------
+
+
+def test_pointing_at_a_name_lights_up_code_and_formula(desktop) -> None:
+    page = desktop
     row = page.locator(".row", has=page.locator("#L-178"))
     row.scroll_into_view_if_needed()
     page.wait_for_timeout(100)  # scrolling closes what is open
@@ -157,8 +133,8 @@ def test_pointing_at_a_name_lights_up_code_and_formula(open_page) -> None:
     assert page.locator(".lit, .name-card").count() == 0
 
 
-def test_card_of_a_name_by_keyboard(open_page) -> None:
-    page = open_page(PAGES[0])
+def test_card_of_a_name_by_keyboard(desktop) -> None:
+    page = desktop
     name = page.locator("[id='L-221']").locator("xpath=ancestor::div[contains(@class,'row')]")
     name = name.locator(".note code[data-name=ent_coef]")
     name.focus()
@@ -178,17 +154,20 @@ def test_card_of_a_name_by_keyboard(open_page) -> None:
 
 
 def test_card_opens_by_a_tap(open_page) -> None:
-    page = open_page(PAGES[0], PHONE, has_touch=True, is_mobile=True)
+    page = open_page(DISCRETE, PHONE, has_touch=True, is_mobile=True)
     page.locator(".note code[data-name=clip_coef]").first.tap()
     assert "--clip-coef" in page.locator(".name-card").inner_text()
     box = page.locator(".name-card").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE
     page.locator("h1").first.dispatch_event("click")
     assert page.locator(".name-card").count() == 0
+    left = "s => document.querySelector(s).getBoundingClientRect()"
+    switch = page.evaluate(left, ".reader-bar label")
+    assert page.evaluate(left, ".md-top")["left"] > switch["right"], "it covers the switch"
 
 
-def test_ppo_only_shows_the_loss_the_advantages_and_the_loop(open_page) -> None:
-    page = open_page(PAGES[0])
+def test_ppo_only_shows_the_loss_the_advantages_and_the_loop(desktop) -> None:
+    page = desktop
     visible = """() => [...document.querySelectorAll('.reader .row')].filter(r => r.offsetParent)
       .sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)
       .map(r => r.dataset.ppo)"""
@@ -207,8 +186,16 @@ def test_ppo_only_shows_the_loss_the_advantages_and_the_loop(open_page) -> None:
     assert page.evaluate(visible) == whole
 
 
+@pytest.mark.parametrize("anchor", ["the-clipped-surrogate", "what-to-set"])
+def test_a_heading_that_is_called_stands_below_the_bar(anchor: str, desktop) -> None:
+    desktop.evaluate("anchor => { location.hash = anchor; }", anchor)
+    desktop.wait_for_timeout(300)
+    box = "s => document.querySelector(s).getBoundingClientRect()"
+    assert desktop.evaluate(box, ":target")["top"] > desktop.evaluate(box, ".reader-bar")["bottom"]
+
+
 def test_page_is_whole_without_javascript(open_page) -> None:
-    page = open_page(PAGES[0], java_script_enabled=False)
+    page = open_page(DISCRETE, java_script_enabled=False)
     count = len((ROOT / "ppo_discrete.py").read_text().splitlines())
     assert page.locator(".reader .line[id]").count() == count
     assert page.locator("#ppo-only").is_hidden()
@@ -221,7 +208,7 @@ def test_page_is_whole_without_javascript(open_page) -> None:
 def test_a_jump_lights_up_the_line_and_has_a_way_back(open_page) -> None:
     page = open_page("en/policy-gradient.html")
     page.locator("a[href*='discrete.html#L-']").first.click()
-    page.wait_for_load_state("networkidle")
+    page.wait_for_url("**/discrete.html#L-*")
     line = page.locator(".line:target")
     top = line.bounding_box()["y"]
     assert 80 < top < 900  # below the header and the bar
@@ -230,7 +217,7 @@ def test_a_jump_lights_up_the_line_and_has_a_way_back(open_page) -> None:
     ) not in ("rgba(0, 0, 0, 0)", "transparent")
     page.get_by_text("← Back").click()
     page.wait_for_url("**/policy-gradient.html*")
-    page = open_page("en/discrete.html#L-30")  # folded
+    page.goto(page.url.replace("policy-gradient.html", "discrete.html") + "#L-30")  # folded
     assert page.locator("[id='L-30']").is_visible()
 
 
@@ -244,8 +231,8 @@ def test_copy_of_a_file_has_its_numbers_beside_the_lines(open_page) -> None:
     assert page.get_by_text("← Back").is_visible()
 
 
-def test_copied_code_has_no_numbers(open_page) -> None:
-    page = open_page(PAGES[0], permissions=["clipboard-read", "clipboard-write"])
+def test_copied_code_has_no_numbers(desktop) -> None:
+    page = desktop
     source = (ROOT / "ppo_discrete.py").read_text().splitlines()
     block = page.locator(".code", has=page.locator("#L-178"))
     select = "e => { getSelection().selectAllChildren(e); return `${getSelection()}`; }"
@@ -268,8 +255,77 @@ def test_tables_fit_a_phone(path: str, open_page) -> None:
 
 
 def test_dark_mode_follows_the_system(open_page) -> None:
-    page = open_page(PAGES[0], scheme="light")
+    page = open_page("en/index.html", scheme="light")
     page.reload()  # the first visit is remembered
     page.emulate_media(color_scheme="dark")
     page.wait_for_timeout(200)
     assert page.evaluate("document.body.dataset.mdColorScheme") == "slate"
+
+
+# ---- Search ------------------------------------------------------------------------------------
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def search(watched, site: Path):
+    """Return a function that searches on a page in a language: addresses, the best one first."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+
+        @functools.cache
+        def page_in(language: str):
+            return watched.open(f"http://127.0.0.1:{server.server_port}/{language}/start.html")
+
+        def search(language: str, query: str) -> list[str]:
+            page = page_in(language)
+            field = page.locator(".md-search__input")
+            links = page.locator("a.md-search-result__link")
+            field.fill("")
+            field.press("End")
+            page.wait_for_function("!document.querySelector('a.md-search-result__link')")
+            field.fill(query)
+            field.press("End")
+            links.first.wait_for()
+            found = links.evaluate_all("links => links.map(a => decodeURI(a.pathname + a.hash))")
+            return [re.sub(r"^/", "", x) for x in found]
+
+        yield search
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("language", "query", "section"),
+    [
+        ("en", "--ent-coef", "en/continuous.html#the-flags"),
+        ("en", "--ent-coef", "en/debugging.html#symptom-cause-remedy"),
+        ("en", "ent_coef", "en/continuous.html#the-flags"),
+        ("en", "clipped_surrogate", "en/discrete.html#the-clipped-surrogate"),
+        ("zh", "clipped_surrogate", "zh/discrete.html#裁剪的替代目标"),
+        ("zh", "截断", "zh/gae.html#三种结束方式"),
+        ("zh", "归一化", "zh/discrete.html#优势的归一化"),
+        ("zh", "--ent-coef", "zh/debugging.html#症状原因对策"),
+    ],
+)
+def test_search_finds_the_section(language: str, query: str, section: str, search) -> None:
+    found = search(language, query)
+    assert section in found
+    if query == "clipped_surrogate" and language == "en":
+        assert found.index(section) == 1  # below its page
+    own = "zh/" if language == "zh" else "en/"
+    assert all(x.startswith(own) or (".zh." in x) == (language == "zh") for x in found)
+
+
+def test_characters_of_a_chinese_word_are_found_together(search, site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    text = {x["location"]: x["title"] + x["text"] for x in index}
+    found = {x for x in search("zh", "归一化") if "#" in x}
+    assert found and all("归一化" in text[x] for x in found)
+    apart = [x for x in text if {*"归一化"} <= {*text[x]} and "归一化" not in text[x]]
+    assert apart, "nothing shows the difference"

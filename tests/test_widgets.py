@@ -1,12 +1,11 @@
 """The parts of the pages that move compute what the Python files compute, and learn."""
 
-import importlib.util
+import functools
 import json
 import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +21,14 @@ from ppo_rlhf_toy import kl_penalty
 from tests.helpers import ROOT, import_file, make_agent
 
 DOCS = ROOT / "docs"
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-FLAGS += " --disable-background-networking --disable-component-update --disable-sync"
+PHONE = 412
+PAGES = {
+    "policy-gradient": "clip",
+    "gae": "gae",
+    "rlhf": "kl",
+    "continuous": "gauss",
+    "debugging": "cartpole",
+}
 
 
 # ---- ppo.js in Node ----------------------------------------------------------------------------
@@ -226,6 +228,24 @@ def test_recorded_rollout_has_an_end_and_a_reset() -> None:
     assert (x["first.ratio"] == 1).all() and not (x["last.ratio"] == 1).any()
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_numbers_that_a_note_names_are_in_the_tables_below(language: str) -> None:
+    pytest.importorskip("mkdocs")
+    hook = import_file(DOCS / "widgets_hook.py")
+    text = (DOCS / language / "discrete.md").read_text()
+    widget = r'<div class="widget" data-widget="values" data-names="([^"]*)"'
+    pattern = r"\n\n([^\n](?:[^\n]|\n(?!\n))*)\n\n" + widget  # a paragraph and the tables
+    notes = re.findall(pattern, text)
+    assert len(notes) == text.count('data-widget="values"') == 6
+    named = 0
+    for note, names in notes:
+        tables = "".join(hook.figure(name, hook.WORDS[language]) for name in names.split())
+        numbers = re.findall(r"(?<![\d.])-?\d+\.\d{3}(?!\d)", note)
+        assert set(numbers) <= set(re.findall(r">(-?\d+\.\d{3})<", tables)), note
+        named += len(numbers)
+    assert named >= 6
+
+
 def test_values_become_tables_and_an_unknown_name_stops_the_build() -> None:
     pytest.importorskip("mkdocs")
     hook = import_file(DOCS / "widgets_hook.py")
@@ -251,40 +271,11 @@ def test_values_become_tables_and_an_unknown_name_stops_the_build() -> None:
 # ---- In the browser ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM or not importlib.util.find_spec("playwright"):
-        pytest.skip("playwright or chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    if not all(map(importlib.util.find_spec, ("mkdocs", "material", "latex2mathml"))):
-        pytest.skip("the docs extra is not installed")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-B", "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
-
-
 class Widget:
-    """A widget on a page of the site, opened from the disk."""
+    """A widget on a page of the site, on a phone."""
 
-    def __init__(self, browser: Any, site: Path, page: str, name: str, **options: Any):
-        self.errors: list[str] = []
-        self.page = browser.new_page(**options)
-        self.page.set_default_timeout(90_000)  # of a machine that does other things as well
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on(
-            "request", lambda x: None if x.url.startswith("file:") else self.errors.append(x.url)
-        )
-        self.page.goto((site / page).as_uri(), wait_until="domcontentloaded")
-        self.root = self.page.locator(f'[data-widget="{name}"]')
+    def __init__(self, page: Any, name: str):
+        self.page, self.root = page, page.locator(f'[data-widget="{name}"]')
 
     def set(self, **values: float) -> None:
         for name, value in values.items():
@@ -297,26 +288,20 @@ class Widget:
         rows = self.root.locator("tbody tr").all()
         return [row.locator("th, td").all_inner_texts() for row in rows]
 
-    def close(self) -> None:
-        self.page.close()
-        assert self.errors == []
 
+@pytest.fixture(scope="module")
+def open_widget(watched, site):
+    """Return a function that opens a page once and returns its widget."""
 
-@pytest.fixture
-def open_widget(browser, site):
-    opened = []
+    @functools.cache
+    def open_widget(path: str) -> Widget:
+        return Widget(watched.open((site / path).as_uri(), width=PHONE), PAGES[Path(path).stem])
 
-    def open_one(page: str, name: str, **options: Any) -> Widget:
-        opened.append(Widget(browser, site, page, name, **options))
-        return opened[-1]
-
-    yield open_one
-    for widget in opened:
-        widget.close()
+    return open_widget
 
 
 def test_clip_shows_the_surrogate_and_its_gradient(open_widget) -> None:
-    widget = open_widget("en/policy-gradient.html", "clip")
+    widget = open_widget("en/policy-gradient.html")
     for r in (0.5, 1.0, 1.5):
         for advantage in (-1.5, 0.5):
             widget.set(ratio=r, advantage=advantage, clip_coef=0.3)
@@ -332,7 +317,7 @@ def test_clip_shows_the_surrogate_and_its_gradient(open_widget) -> None:
 
 
 def test_slider_follows_the_keyboard(open_widget) -> None:
-    widget = open_widget("zh/policy-gradient.html", "clip")
+    widget = open_widget("zh/policy-gradient.html")
     slider = widget.page.get_by_label("概率比 r")
     slider.focus()
     widget.page.keyboard.press("ArrowRight")
@@ -342,7 +327,7 @@ def test_slider_follows_the_keyboard(open_widget) -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_gae_computes_the_table_of_the_page(open_widget, language: str) -> None:
-    widget = open_widget(f"{language}/gae.html", "gae")
+    widget = open_widget(f"{language}/gae.html")
     pattern = r"^\| (\d)[^|]*\|" + r"([^|\n]*)\|" * 5
     cells = re.findall(pattern, (DOCS / language / "gae.md").read_text(), re.MULTILINE)
     numbers = torch.tensor([[float(x) for x in row[1:4]] for row in cells]).T
@@ -358,7 +343,7 @@ def test_gae_computes_the_table_of_the_page(open_widget, language: str) -> None:
 
 
 def test_kl_shows_mean_and_spread_of_the_estimators(open_widget) -> None:
-    widget = open_widget("en/rlhf.html", "kl")
+    widget = open_widget("en/rlhf.html")
     spread = {}
     for policy, reference in ((0.6, 0.5), (0.95, 0.05)):
         widget.set(policy=policy, reference=reference)
@@ -376,7 +361,7 @@ def test_kl_shows_mean_and_spread_of_the_estimators(open_widget) -> None:
 
 
 def test_gauss_shows_what_is_clipped(open_widget) -> None:
-    widget = open_widget("en/continuous.html", "gauss")
+    widget = open_widget("en/continuous.html")
     for mean, log_std in ((0.0, 0.0), (0.0, -0.35), (2.0, 0.0), (-1.5, 1.0), (0.5, -1.0)):
         widget.set(mean=mean, log_std=log_std)
         normal = torch.distributions.Normal(torch.tensor(mean).double(), math.exp(log_std))
@@ -391,7 +376,7 @@ def test_gauss_shows_what_is_clipped(open_widget) -> None:
 
 
 def test_cartpole_trains_pauses_and_starts_again(open_widget) -> None:
-    widget = open_widget("en/debugging.html", "cartpole")
+    widget = open_widget("en/debugging.html")
     start, restart = (widget.root.locator(f"button[name={x}]") for x in ("start", "restart"))
     widget.root.locator("input[name=watch]").uncheck()
     start.click()
@@ -413,23 +398,15 @@ def test_cartpole_trains_pauses_and_starts_again(open_widget) -> None:
     assert widget.root.locator("polyline.grey").count() == 1
 
 
-PAGES = {
-    "policy-gradient": "clip",
-    "gae": "gae",
-    "rlhf": "kl",
-    "continuous": "gauss",
-    "debugging": "cartpole",
-}
+@pytest.mark.parametrize("path", [f"en/{page}.html" for page in PAGES] + ["zh/gae.html"])
+def test_widget_fits_a_phone(open_widget, path: str) -> None:
+    box = open_widget(path).root.bounding_box()
+    assert box["height"] > 200 and box["x"] >= 0 and box["x"] + box["width"] <= PHONE
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("page", PAGES)
-def test_widget_fits_a_phone_and_says_something_without_javascript(
-    open_widget, language: str, page: str
-) -> None:
-    path, name = f"{language}/{page}.html", PAGES[page]
-    phone = dict(viewport={"width": 412, "height": 800})
-    box = open_widget(path, name, **phone).root.bounding_box()
-    assert box["height"] > 200 and box["x"] >= 0 and box["x"] + box["width"] <= 412
-    plain = open_widget(path, name, java_script_enabled=False).root.inner_text()
+def test_widget_says_something_without_javascript(site: Path, language: str, page: str) -> None:
+    text = (site / language / f"{page}.html").read_text()
+    (plain,) = re.findall(rf'<div[^>]* data-widget="{PAGES[page]}"[^>]*>(.*?)</div>', text)
     assert len(plain) > 20 and plain in (DOCS / language / f"{page}.md").read_text()
