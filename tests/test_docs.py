@@ -542,15 +542,15 @@ EFFECT = re.compile(
     r"\[([^]|]+)\]\(#([^)]*(?:measured-effects|测得的效果)[^)]*)\): ([^;|]+)(?=;| \|)"
 )
 WORDS = {  # nothing, lower, higher, and
-    "en": ("within chance", "worse on {}", "better on {}", ", "),
+    "en": ("not significant", "worse on {}", "better on {}", ", "),
     "zh": ("无显著差异", "在 {} 上变差", "在 {} 上变好", "、"),
 }
 MEASURES = {
     "gold": "gold",
-    "share": "optimum_share",
-    "比例": "optimum_share",
+    "share of the optimum": "optimum_share",
+    "达到最优值的比例": "optimum_share",
     "KL": "kl",
-    "first ratios off 1 by": "first_ratio_error",
+    "first ratio differs from 1 by": "first_ratio_error",
     "第一个概率比偏离 1 达": "first_ratio_error",
 }
 EFFECTS = sorted(DOCS.glob("*/details.md"))
