@@ -72,7 +72,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
         cells = []
         for column in columns:
             x = [float(row[column]) for row in runs]
-            cells.append(f"{statistics.mean(x):.2f} ± {statistics.pstdev(x):.2f}")
+            cells.append(f"{statistics.mean(x):.2f}")
+            if len(x) > 1:
+                cells[-1] += f" ± {statistics.pstdev(x):.2f}"
         lines.append(f"| {option} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -590,7 +590,15 @@ def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     assert {name: option[name] for name in line} == line
     assert option["option"] == "default" and option["optimum_kl"] > 0.0
     table = rlhf_options.markdown([option | {"task": "reviews", "gold": 0.5}])
-    assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} ± 0.00 |")
+    assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} |")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_has_the_table_of_the_options_of_rlhf(language: str) -> None:
+    page = (jobs.ROOT / "docs" / language / "rlhf.md").read_text()
+    mark = "<!-- lines of python -m benchmarks.rlhf_options --only table -->\n\n"
+    table = rlhf_options.markdown(jobs.read(jobs.RESULTS / "rlhf_options.csv"))
+    assert f"{mark}{table}\n\n<!-- end -->" in page
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
