@@ -116,8 +116,7 @@ def test_what_a_page_says_of_the_broken_run_is_so(
     if change and healthy not in healthy_runs:
         healthy_runs[healthy] = run(list(healthy), tmp_path / "healthy", monkeypatch, capsys)
     if page == "rlhf":  # stages 1 and 2 are the same in both runs
-        words += [f"--load-sft={tmp_path / 'healthy'}"]
-        words += [f"--load-reward-model={tmp_path / 'healthy'}"]
+        words += [f"--load-models={tmp_path / 'healthy'}"]
     broken = run([*words, *shorter.split()], tmp_path / "broken", monkeypatch, capsys)
     check(broken, healthy_runs.get(healthy, {}))
 
