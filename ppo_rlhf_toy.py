@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5", "gymnasium>=1.1", "numpy", "tensorboard", "tyro", "tqdm"]
+# ///
 """PPO for language models: the whole RLHF pipeline in one file that reads from top to bottom.
 
     python ppo_rlhf_toy.py                      # gold .45 -> .97 in about a minute on one CPU core
@@ -353,7 +357,7 @@ def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = N
 
 
 class Models(nn.Module):
-    """The four models, which are saved together, and how many stages have begun or made them."""
+    """The four models, saved together, and the number of stages that have made theirs."""
 
     def __init__(self, args: Args, task: Task, learned: bool):
         super().__init__()
@@ -382,8 +386,9 @@ class Models(nn.Module):
         saved, theirs = experiment.load_checkpoint(args.load_models, type(args))
         names = [name for name in self.state_dict() if not name.startswith(("policy", "value"))]
         with experiment.as_user_error(f"{args.load_models} holds no models that fit", Exception):
-            if theirs.num_heads != args.num_heads:
-                raise ValueError(f"num_heads is {theirs.num_heads}")
+            for name in ("task", "num_heads"):  # which no shape of a weight shows
+                if getattr(theirs, name) != getattr(args, name):
+                    raise ValueError(f"{name} is {getattr(theirs, name)}")
             self.load_state_dict({name: saved["agent"][name] for name in names}, strict=False)
         self.stages_done.clamp_(max=2)
 

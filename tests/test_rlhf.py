@@ -869,12 +869,15 @@ def test_train_in_several_processes_is_refused(run_dir, monkeypatch, capsys) -> 
         dict(num_heads=4),
         dict(context_size=33),
         dict(task="arithmetic"),
+        dict(task="twin"),
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: " ".join(map(str, *changes.items())),
 )
 def test_load_of_a_model_of_another_shape_is_one_line_and_leaves_no_folder(
     changes: dict, tmp_path, lengths, monkeypatch, capsys
 ) -> None:
+    twin = rlhf.Reviews()  # another task, of which all weights have the same shapes
+    monkeypatch.setitem(rlhf.TASKS, "twin", twin)
     rlhf.train(tiny(tmp_path / "a", num_iterations=1, eval_prompts=2, kl_coef=0.0))
     before = snapshot(tmp_path / "a")
     words = f"{flags_of(tiny(tmp_path / 'run', **changes))} --load-models {tmp_path / 'a'}"
