@@ -118,7 +118,8 @@ class Args(RunArgs):
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
         super().check()
-        self.check_range("num_layers num_heads d_model context_size max_new_tokens", 1, 2**13)
+        self.check_range("num_heads d_model context_size max_new_tokens", 1, 2**13)
+        self.check_range("num_layers", 1, 1e9 / 12 / self.d_model**2)  # a billion weights
         self.check_range("sft_batch_size rm_batch_size rm_pairs rm_epochs eval_prompts", 1, 2**20)
         self.check_range("micro_batch_size sft_steps num_iterations warmup_iterations", 1)
         self.check_range("update_epochs", 1)
