@@ -260,6 +260,8 @@ def find_task(name: str) -> Task:
     sys.path.append("")  # the folder in which the command was typed
     try:
         task_class = pkgutil.resolve_name(name)
+        if not callable(task_class):
+            raise ValueError("it is no class")
     except (ImportError, AttributeError, ValueError) as error:
         if isinstance(error, ImportError) and not name.startswith(error.name or name):
             raise  # your module is there, and imports one that is not
