@@ -1191,7 +1191,7 @@ def test_kl_in_the_loss_leaves_the_reward_to_the_score(run_ppo, monkeypatch) -> 
     run_ppo(args, LENGTHS, random_model(args, LENGTHS))
     torch.testing.assert_close(rewards[1].result.sum(1), rewards[1].scores)
     call = losses[1]  # the second iteration, in which the policy is not the reference any more
-    loss, figures, _ = call.result
+    loss, figures = call.result
     log_probs, _, _ = call.models.read(call.batch.prompts, call.batch.responses, 1.0)
     assert not torch.equal(call.batch.ref_log_probs, call.batch.log_probs)
     kl = (call.batch.log_probs - call.batch.ref_log_probs)[call.batch.mask].square().mean() / 2
