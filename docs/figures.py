@@ -72,7 +72,7 @@ def clip() -> None:
         sign = ">" if advantage > 0 else "<"
         axes.set(title=f"A {sign} 0", xlabel="ratio r", xticks=[0, 0.8, 1, 1.2, 2])
     panels[0].set_ylabel("objective of one sample")
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0].legend(fontsize="small", framealpha=1, edgecolor="white")
     save(figure, "clip")
 
 
@@ -150,7 +150,7 @@ def trust_region() -> None:
     panels[1].plot(way, clipfrac, color=GREY, label="clipfrac")
     for axes in panels:
         axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(fontsize="small", framealpha=1, edgecolor="white")
     figure.supxlabel("way from the old policy (0) through the new one (1)", fontsize="medium")
     save(figure, "trust-region")
 

@@ -105,9 +105,7 @@ def in_columns(lines: list[str], page: str) -> list[str]:
             *text,
             "",
             "</div>",
-            '<div class="lines">',
-            *blocks,
-            "</div>",
+            f'<div class="lines">{"".join(blocks)}</div>',  # one line, or Markdown takes it apart
             "</div>",
             "",
         ]
@@ -235,6 +233,7 @@ def on_page_content(content, page, config, files):
         language = name[:2] if reads else ""
         set_it = functools.partial(formula, display=display, language=language)
         content = re.sub(pattern, set_it, content, flags=re.DOTALL)
+    content = re.sub(r"(</math>)([.,;:!?)])", r"\1&NoBreak;\2", content)  # no line begins so
 
     if reads:
         content = reader.finish(content, name, page.toc)

@@ -227,7 +227,7 @@
     function verdict(gradient) {
       if (gradient > 0) return words("raises r", "使 r 上升");
       if (gradient < 0) return words("lowers r", "使 r 下降");
-      return words("is silent", "不产生梯度");
+      return words("has no gradient", "不产生梯度");
     }
 
     draw();
