@@ -63,7 +63,7 @@ class Args(EnvArgs):
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
     target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
-    sign_rewards: bool = True  # Learn from the sign of each reward only (detail 19).
+    sign_rewards: bool = True  # Learn only from the sign of each reward (detail 19).
     life_loss: bool = True  # In the advantages, a lost life ends the episode (detail 16).
     hidden_size: int = 512  # F: units of the layer on top of the convolutions.
     eval_episodes: int = 10  # Episodes of each final evaluation, deterministic and stochastic.
@@ -96,7 +96,7 @@ class Batch(NamedTuple):
 
 
 def prepare(env: Any) -> Any:
-    """Make images four grey frames of 84 x 84 (details 18, 20); leave stacks of frames alone."""
+    """Turn images into four grey frames, 84 x 84 (details 18, 20); leave stacks of frames alone."""
     shape = env.observation_space.shape
     if is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
@@ -170,7 +170,7 @@ class Agent(nn.Module):
             return self.trunk(images)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return the present policy, a function (features (N, F), masks, rng) -> actions (N, P).
+        """Return the current policy, a function (features (N, F), masks, rng) -> actions (N, P).
 
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
@@ -275,7 +275,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ at most by a constant."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 

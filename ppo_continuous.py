@@ -72,7 +72,7 @@ class Args(EnvArgs):
     norm_reward: bool = True  # Divide rewards by the std of the discounted return (details 30, 31).
     # Log std of the first policy. By default -ln(max(A, 3)) / 2: noise of length 1 from A = 3 on.
     log_std_init: float | None = None
-    # The log std falls by this, linearly (PPO's table 4). None lets the gradient choose it.
+    # The log std falls linearly by this (PPO's table 4: 0.9). None lets the gradient choose it.
     log_std_fall: float | None = 1.5
     scale_actions: bool = True  # Map the policy's [-1, 1] to the box: one std suits every box.
     squash: bool = False  # Squash actions into their box by tanh instead of clipping them.
@@ -273,7 +273,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ at most by a constant."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 

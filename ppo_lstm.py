@@ -19,7 +19,7 @@ H units of an LSTM. The state (4, N, H) is h and c of the actor's, then h and c 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
 ignored, so it is not a transition and stays out of the batch. obs[t + 2] starts the next episode:
-the state is set to 0 there, and nothing of row t + 1 is left in it.
+the state is set to 0 there and keeps nothing of row t + 1.
 
 What is not PPO (run folder, checkpoints, evaluation, command line) is in experiment.py.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, arXiv 1506.02438).
@@ -66,9 +66,9 @@ class Args(EnvArgs):
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
     target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
-    hide: tuple[int, ...] = ()  # Numbers of the observation that are always 0: what is not seen.
+    hide: tuple[int, ...] = ()  # Indices of the observation to set to 0, hidden from the agent.
     norm_obs: bool = True  # Normalise observations by their running mean and std (details 28, 29).
-    hidden_size: int = 64  # H: units of the LSTM, and of the layer behind it.
+    hidden_size: int = 64  # H: units of the LSTM and of the layer after it.
     activation: Literal["relu", "tanh"] = "relu"  # CleanRL and Baselines use tanh.
 
     fixed = "env_id hide kl_coef norm_obs hidden_size activation"  # by the trained network
@@ -139,7 +139,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Memory(nn.Module):
-    """Two LSTMs, the actor's and the critic's, apart as their networks are (detail 13)."""
+    """Two LSTMs, one for the actor and one for the critic, as with their networks (detail 13)."""
 
     def __init__(self, *sizes: int):
         super().__init__()
@@ -175,7 +175,7 @@ class Agent(nn.Module):
         """Return the LSTMs' outputs (T, N, H) for obs (T, N, D), from the state before them.
 
         Each episode is a sequence of its own, which starts from 0 (detail 34) unless it began
-        before. Padded and side by side they take a quarter of the time of a loop over rows at most.
+        before. Padded and batched, they take at most a quarter of the time of a loop over rows.
         """
         row, starts = np.arange(len(begins))[:, None], begins.numpy().copy()
         starts[0] = True
@@ -192,7 +192,7 @@ class Agent(nn.Module):
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
         """Return a snapshot of the policy: obs (N, D), masks, begins (N,), generator to actions.
 
-        Each call moves `state` (4, N, H), at first 0 (detail 33), one row on, in place.
+        Each call advances `state` (4, N, H), at first 0 (detail 33), by one row, in place.
         argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
         """
         forward = experiment.numpy_forward(self.actor)
@@ -308,7 +308,7 @@ def normalise(advantages: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ by a constant at most."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 if they differ at most by a constant."""
     (_, unexplained), (_, variance) = map(experiment.mean_and_variance, (returns - values, returns))
     return 1.0 - (unexplained / variance).item()
 

@@ -6,7 +6,7 @@
 
 The first lines lead from faithful to the default, whose runs are taken from continuous.csv if they
 are there. The others lead from faithful to an earlier default, with many more changes; "and" keeps
-those of the lines above. Of those only the first can still be run.
+the changes of the lines above. Of those lines, only the first can still be run.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ LINES = {  # all flags of each line
     DEFAULT: "",
     "8 environments x 256 steps": f"{FAITHFUL} --num-envs 8 --num-steps 256",
 }
-FORMER = (  # lines with flags that the script no longer has, each a change more than the one above
+FORMER = (  # lines with flags since removed; each makes one more change than the line above
     "and advantages recomputed before each epoch",
     "and value loss not clipped",
     "and minibatches of 256, learning rate by the KL",
@@ -41,7 +41,7 @@ class Args(Shared):
 
     seeds: tuple[int, ...] = (1, 2, 3)
     env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Walker2d-v5")
-    processes: int = 1  # runs at a time, each on a core of its own
+    processes: int = 1  # runs at a time, each on its own core
     quick: bool = False  # Pendulum, 1 seed, 10,000 steps
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     for seed in seeds:
         for env_id in env_ids:
             for name, flags in LINES.items():
-                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with flags of its day
+                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with older flags
                     print(f"{SCRIPT} {env_id} {name} {seed}: already in {table}")
                 else:
                     flags = f"{more} {flags}".strip()

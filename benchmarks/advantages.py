@@ -1,4 +1,4 @@
-"""Other forms of `gae`, and torchrl's: what benchmarks.scaling times, on one CPU thread."""
+"""Other implementations of `gae`, and torchrl's, which benchmarks.scaling times on one thread."""
 
 import importlib.util
 import statistics
@@ -19,7 +19,7 @@ def residuals(rewards, values, next_values, terminated, done, gamma, gae_lambda)
 
 
 def plain_loop(*rollout) -> Tensor:
-    """The backward recursion as everybody writes it."""
+    """The backward recursion as it is usually written."""
     deltas, decay = residuals(*rollout)
     advantages, last = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
@@ -28,7 +28,7 @@ def plain_loop(*rollout) -> Tensor:
 
 
 def unbound_loop(*rollout) -> Tensor:
-    """The same over rows taken apart beforehand."""
+    """The same over rows that were unbound first."""
     deltas, decay = residuals(*rollout)
     rows, last = [], torch.zeros_like(deltas[0])
     for delta, factor in zip(reversed(deltas.unbind()), reversed(decay.unbind())):
@@ -38,7 +38,7 @@ def unbound_loop(*rollout) -> Tensor:
 
 
 def numpy_loop(*rollout) -> Tensor:
-    """The same on NumPy's view of the memory, which a CPU alone can do."""
+    """The same on NumPy's view of the memory, which works only on a CPU."""
     deltas, decay = residuals(*rollout)
     advantages, factors = deltas.numpy(), decay.numpy()
     for t in reversed(range(len(advantages) - 1)):
@@ -47,7 +47,7 @@ def numpy_loop(*rollout) -> Tensor:
 
 
 def doubling(*rollout) -> Tensor:
-    """The sum by log2(T) passes: that of step k takes the residuals up to row t + 2k - 1."""
+    """The sum in log2(T) passes: the pass of step k adds the residuals up to row t + 2k - 1."""
     (advantages, decay), step = residuals(*rollout), 1
     while step < len(advantages):  # decay[t] is the weight of row t + step, 0 in another episode
         advantages[:-step] += decay[: len(advantages) - step] * advantages[step:]
@@ -66,7 +66,7 @@ def torchrl_vectorised(rewards, values, next_values, terminated, done, gamma, ga
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Time one call: the median of 50, or of as many as 2 seconds hold, after 5 to warm up."""
+    """Time one call: the median of 50, or of as many as fit in 2 seconds, after 5 to warm up."""
     times: list[float] = []
     while len(times) < 8 or (len(times) < 55 and sum(times) < 2.0):
         start = time.perf_counter()
@@ -86,7 +86,7 @@ FORMS = {
 
 
 def measure(T: int, N: int) -> dict[str, float]:
-    """Return the microseconds of each form at (T, N); all forms must agree."""
+    """Return the microseconds of each implementation at (T, N); all must agree."""
     forms = dict(FORMS)
     if importlib.util.find_spec("torchrl") is None:
         print('torchrl is left out: pip install -e ".[benchmark]" brings it', file=sys.stderr)

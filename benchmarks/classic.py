@@ -1,7 +1,7 @@
-"""Learn the classic tasks with our scripts and with Stable-Baselines3, the same steps each.
+"""Learn the classic tasks with our scripts and Stable-Baselines3, with the same number of steps.
 
     python -m benchmarks.classic --processes 2             # 10 seeds, lines of classic.csv
-    python -m benchmarks.tables --table classic.csv        # the table, beside published figures
+    python -m benchmarks.tables --table classic.csv        # the table, with published figures
 
 Stable-Baselines3 has the hyperparameters that rl-baselines3-zoo tuned for each task. Ours are the
 defaults with the flags below; those of ppo_discrete.py were chosen on seeds 100 to 239 of CartPole.
@@ -31,7 +31,7 @@ class Args(Shared):
     """Learn the classic tasks with our scripts and with Stable-Baselines3."""
 
     seeds: tuple[int, ...] = tuple(range(1, 11))
-    processes: int = 1  # runs at a time, each on a core of its own
+    processes: int = 1  # runs at a time, each on its own core
     env_ids: tuple[str, ...] = ()  # all of them by default
     quick: bool = False  # CartPole and Pendulum, 2 seeds, a fifth of the steps
 

@@ -1,4 +1,4 @@
-"""Measure what each detail of PPO is worth: one changed at a time, all else the default.
+"""Measure the effect of each detail of PPO: change one at a time, all else at the default.
 
     python -m benchmarks.details --processes 2              # 5 seeds, lines of details.csv
     python -m benchmarks.tables --table details.csv
@@ -27,7 +27,7 @@ EVALUATIONS = {DISCRETE: "--eval-episodes 100", CONTINUOUS: "--eval-episodes 20"
 
 
 def fixed(**arguments: object) -> Callable:
-    """Return what calls a function with these values of these arguments, whatever was asked for."""
+    """Return a wrapper that calls a function with these arguments, whatever the caller passed."""
     return lambda function, *args, **kwargs: function(*args, **kwargs | arguments)
 
 
@@ -42,12 +42,12 @@ def count_all(count_steps: Callable, run, is_transition, *arrays):
 
 @dataclass
 class Change:
-    """A detail that is otherwise, by flags or by functions of the script that are wrapped."""
+    """A changed detail, by flags or by wrapping functions of the script."""
 
     name: str  # as the table names it
     flags: str = ""
     wraps: dict[str, Callable] = field(default_factory=dict)
-    scripts: tuple[str, ...] = BOTH  # none: no script has its flag any more, but it has lines
+    scripts: tuple[str, ...] = BOTH  # none: its flag was removed, but it has lines
 
 
 CHANGES = [
@@ -74,7 +74,7 @@ CHANGES = [
     Change("discount 0.995", "--gamma 0.995", scripts=(CONTINUOUS,)),
     Change("8 environments x 256 steps", "--num-envs 8 --num-steps 256", scripts=(CONTINUOUS,)),
     Change("std learned, not annealed", "--log-std-fall None", scripts=(CONTINUOUS,)),
-    Change(  # an annealed std leaves an entropy bonus nothing to act on
+    Change(  # with an annealed std, an entropy bonus has no effect
         "std learned, entropy bonus 0.01",
         "--log-std-fall None --ent-coef 0.01",
         scripts=(CONTINUOUS,),
@@ -88,10 +88,10 @@ WRAPS = {change.name: change.wraps for change in CHANGES}
 
 @dataclass
 class Args(Shared):
-    """Measure what each detail of PPO is worth."""
+    """Measure the effect of each detail of PPO."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    processes: int = 1  # runs at a time, each on a core of its own
+    processes: int = 1  # runs at a time, each on its own core
     env_ids: tuple[str, ...] = ()  # all of them by default
     changes: tuple[str, ...] = ()  # names of the changes, all by default; "default" always runs
     quick: bool = False  # Acrobot, 2 seeds, 20,000 steps, few changes

@@ -1,11 +1,11 @@
 """Draw the figures of the pages from the committed results.
 
-    python -m benchmarks.figures --curves CartPole-v1        # learning curves, a panel each
+    python -m benchmarks.figures --curves CartPole-v1        # learning curves, one panel each
     python -m benchmarks.figures --table classic.csv --name classic --curves CartPole-v1 Acrobot-v1
-    python -m benchmarks.figures --table details.csv         # what each change is worth
+    python -m benchmarks.figures --table details.csv         # the effect of each change
 
-A figure is written beside its table. benchmarks.rlhf and benchmarks.pitfalls have theirs drawn
-here, too.
+A figure is written beside its table. benchmarks.rlhf and benchmarks.pitfalls also draw theirs with
+these functions.
 """
 
 import sys
@@ -29,15 +29,15 @@ class Args:
     """Draw a figure of results."""
 
     table: str = "runs.csv"  # the table's file in the folder of results
-    curves: tuple[str, ...] = ()  # environments whose learning curves are drawn, a panel each
+    curves: tuple[str, ...] = ()  # environments whose learning curves are drawn, one panel each
     script: str = "ppo_discrete.py"  # the script whose curves are drawn
-    configs: tuple[str, ...] = ("default",)  # and its configurations, a colour each
+    configs: tuple[str, ...] = ("default",)  # and its configurations, one colour each
     name: str = ""  # of the figure; by default the first environment's, or the table's
     results: Path = RESULTS  # folder of the tables; your own are in benchmarks/results/own
 
 
 def new_figure(*panels: int, **kwargs: Any) -> tuple:
-    """Return a figure that is the same file every time, and its panels."""
+    """Return a figure, which is saved as the same file every time, and its panels."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -49,7 +49,7 @@ def new_figure(*panels: int, **kwargs: Any) -> tuple:
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure."""
-    # A white ground keeps the axes readable on a dark page.
+    # A white background keeps the axes readable on a dark page.
     figure.savefig(path, facecolor="white", metadata={"Date": None})
     print(f"drawn: {path}")
 
@@ -67,7 +67,7 @@ def tidy(axes: Any, title: str, **grid: str) -> None:
 
 
 def curves_of(args: Args, env_id: str) -> dict[str, tuple[str, str]]:
-    """Return what is drawn of an environment: script and configuration of each label.
+    """Return what is drawn for an environment: script and configuration of each label.
 
     Where peers were run on it, too, that is ours and theirs.
     """
@@ -137,7 +137,7 @@ def draw_changes(args: Args) -> None:
 
 
 def draw_rlhf(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw gold and proxy against the KL that PPO moved, one point a beta."""
+    """Draw gold and proxy against the KL from the reference, one point per beta."""
     rows = sorted(rows, key=lambda row: -float(row["kl_coef"]))
     kl = [0.0] + [float(row["kl"]) for row in rows]
     gold = [float(rows[0]["sft_gold"])] + [float(row["gold"]) for row in rows]
@@ -170,7 +170,7 @@ def draw_pitfall(
     is_log: bool,
     path: Path,
 ) -> None:
-    """Draw returns and the logged number that tells, of the runs of each label, a colour each."""
+    """Draw returns and the telling logged number for the runs of each label, one colour each."""
     import matplotlib
 
     matplotlib.rcParams["svg.fonttype"] = "none"

@@ -1,8 +1,9 @@
-"""What a GPU brings: `python -m benchmarks.gpu`, 8 minutes at most on a machine with one.
+"""The speed on a GPU: `python -m benchmarks.gpu`, at most 8 minutes on a machine with one.
 
-Equal numbers first: each script, some iterations on the CPU and on the device. Then steps/s of
-Atari games by the number of environments, eager and compiled, and of ppo_discrete.py by the width
-of its network, on both devices. The lines go to gpu.csv; a second call continues the first.
+First it checks that the numbers agree: each script runs some iterations on the CPU and on the
+device. Then it measures steps/s on both devices: of Atari games for each number of environments,
+eager and compiled, and of ppo_discrete.py for each width of its network. Results go to gpu.csv; a
+second call continues the first.
 """
 
 import sys
@@ -16,22 +17,22 @@ import tyro
 from benchmarks import jobs
 
 KEY = ("part", "script", "flags", "device", "name")
-# Some iterations of each script: what they reach does not matter.
+# A few iterations of each script; their returns do not matter.
 FEW = {
     "ppo_discrete.py": "--total-timesteps 4096 --eval-episodes 4",
     "ppo_continuous.py": "--total-timesteps 8192 --num-envs 4 --num-steps 512 --eval-episodes 4",
     "ppo_atari.py": "--total-timesteps 4096 --eval-episodes 1",
     "ppo_rlhf_toy.py": "--task arithmetic --sft-steps 20 --num-iterations 2 --eval-prompts 64",
 }
-LIMIT = 150  # seconds after which a run is given up
+LIMIT = 150  # seconds after which a run is stopped
 
 
 @dataclass
 class Args(jobs.Shared):
     """Compare a device with the CPU."""
 
-    device: str = "cuda"  # anything that PyTorch knows; cpu tries the benchmark without a GPU
-    minutes: float = 8.0  # after which no further run begins
+    device: str = "cuda"  # any PyTorch device; cpu tries the benchmark without a GPU
+    minutes: float = 8.0  # after which no new run starts
     quick: bool = False  # only the smallest sizes
 
 
@@ -59,7 +60,7 @@ def speed(script: str, flags: str, device: str) -> dict:
 
 
 def runs(args: Args) -> Iterator[tuple[str, str, str, str, Callable]]:
-    """Yield part, script, flags, device and what to measure, the most telling first."""
+    """Yield part, script, flags, device and what to measure, the most informative first."""
     for script, flags in FEW.items():
         yield "equal", script, flags, args.device, difference
     for num_envs in (8,) if args.quick else (64, 8, 256):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes that are measured, and tables that can be continued."""
+"""What the benchmarks share: measured processes, and tables that can be continued."""
 
 import contextlib
 import csv
@@ -31,7 +31,7 @@ class Shared:
     """Flags of all benchmarks."""
 
     # Folder of the tables. By default your own, benchmarks/results/own (with --quick:
-    # benchmarks/results/quick), so that your runs stay apart from the committed ones. Name
+    # benchmarks/results/quick), so that your runs stay separate from the committed ones. Pass
     # benchmarks/results to continue those.
     results: Path | None = None
 
@@ -65,7 +65,7 @@ def append(table: Path, lines: Sequence[dict]) -> None:
 
 
 def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Stop with one line if a name is not known."""
+    """Exit with a one-line message if a name is unknown."""
     known = list(dict.fromkeys(known))
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -84,17 +84,17 @@ def commit(folder: Path = ROOT) -> str:
 
 
 class Failed(RuntimeError):
-    """A process that did not do what was asked of it."""
+    """A process that did not do what it was asked to do."""
 
 
 @dataclass
 class Finished:
-    """What a process left."""
+    """What a process left behind."""
 
     results: dict  # of results.json, if it wrote one
-    metrics: list[dict[str, str]]  # of metrics.csv, a row an iteration
+    metrics: list[dict[str, str]]  # of metrics.csv, one row per iteration
     seconds: float | None  # from its start to its exit, imports included; None if it was resumed
-    memory: float  # its peak, in megabytes
+    memory: float  # peak, in megabytes
     printed: str
     started: float  # by time.time()
 
@@ -108,18 +108,18 @@ def launch(
     environment: dict[str, str] | None = None,
     limit: float | None = None,
 ) -> Finished:
-    """Run a script in a process of its own, with one thread, on one core (or on "0,1").
+    """Run a script in its own process, with one thread, on one core (or on "0,1").
 
-    `folder` is where a run of ours stays: interrupted, it is resumed there; finished, it is not
-    run again. Without one it is temporary. Raises `Failed` if the process fails, or lives longer
-    than `limit` seconds.
+    `folder` keeps a run of ours: if it was interrupted, it is resumed there; if it is finished, it
+    is not run again. Without a folder, the run is temporary. Raises `Failed` if the process fails
+    or takes longer than `limit` seconds.
     """
     resumed = False
     if folder is not None:
         folder, note = folder.absolute(), folder / "origin.txt"
         origin = f"{shlex.join(map(str, flags))} at {commit()}"
         resumed = (folder / "checkpoint.pt").exists()
-        if not resumed:  # drop what a run left that was killed before its first checkpoint
+        if not resumed:  # drop what a run killed before its first checkpoint left
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             note.write_text(origin)
@@ -159,7 +159,7 @@ def launch(
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict[str, str]]]:
-    """Return the results and the metrics of a run's folder, empty for what is no run of ours."""
+    """Return the results and the metrics of a run's folder, empty if it is not a run of ours."""
     results = folder / "results.json"
     return json.loads(results.read_text()) if results.exists() else {}, read(folder / "metrics.csv")
 
@@ -168,7 +168,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict[str, str]]]:
 def wrapped(script: ModuleType, wraps: dict[str, Callable]) -> Iterator[None]:
     """Call `wraps[name](original, *arguments)` wherever a script calls its function `name`.
 
-    A dotted name, such as "experiment.Run.save", leads to what the script imports.
+    A dotted name, such as "experiment.Run.save", refers to something that the script imports.
     """
 
     def bind(wrap: Callable, original: Callable) -> Callable:
@@ -183,14 +183,14 @@ def wrapped(script: ModuleType, wraps: dict[str, Callable]) -> Iterator[None]:
 
 
 def wrapped_script(script: str, wraps: str) -> tuple[str, str]:
-    """Return what `launch` takes to train with `wraps`, such as "overhead.TIMED"."""
+    """Return the program with which `launch` trains with `wraps`, such as "overhead.TIMED"."""
     module = wraps.partition(".")[0]
     code = f"from benchmarks import jobs, {module}; jobs.train_wrapped({script!r}, {wraps})"
     return "-c", code
 
 
 def train_wrapped(script: str, wraps: dict[str, Callable]) -> None:
-    """Train by the flags of the command line, with functions of the script wrapped."""
+    """Train with the command line's flags, with functions of the script wrapped."""
     module = importlib.import_module(Path(script).stem)
     with wrapped(module, wraps):
         module.experiment.main(module.Args, module.train)
@@ -203,13 +203,13 @@ def train_wrapped(script: str, wraps: dict[str, Callable]) -> None:
 class Job:
     """Something to measure, which becomes lines of a table."""
 
-    key: tuple[object, ...]  # what the key columns of one of its lines hold
-    measure: Callable[[int], list[dict]]  # takes the core to stay on
-    flags: str | None = None  # with which a line of this key must have been measured
+    key: tuple[object, ...]  # the values of the key columns of its lines
+    measure: Callable[[int], list[dict]]  # takes the core to run on
+    flags: str | None = None  # with which a line with this key must have been measured
 
 
 def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: int = 1) -> None:
-    """Run the jobs that the table has no line of, at most `processes` at a time.
+    """Run the jobs that the table has no line for, at most `processes` at a time.
 
     A job that fails leaves no line, does not stop the others, and makes the exit status 1.
     """
@@ -218,7 +218,7 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
     for core in range(processes):
         cores.put(core)
     for job in jobs:
-        name = " ".join(map(str, job.key)) or table.stem  # a table may be of one job alone
+        name = " ".join(map(str, job.key)) or table.stem  # a table may hold just one job
         line = done.get(tuple(map(str, job.key)))
         if line is None:
             todo.append((name, job))
@@ -245,7 +245,7 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         futures = [pool.submit(work, *item) for item in todo]
         try:
             succeeded = [future.result() for future in futures]
-        except BaseException:  # Ctrl-C above all: begin no other job
+        except BaseException:  # above all Ctrl-C: start no other job
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if not all(succeeded):

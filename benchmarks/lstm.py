@@ -1,26 +1,26 @@
-"""What a memory is worth: ppo_lstm.py beside sb3-contrib's RecurrentPPO and four stacked frames.
+"""The value of a memory: ppo_lstm.py against sb3-contrib's RecurrentPPO and four stacked frames.
 
     pip install -c constraints.txt -e ".[benchmark]"   # sb3-contrib among others
     python -m benchmarks.lstm                          # returns without velocities, 5 seeds
     python -m benchmarks.lstm --work speed             # steps/s at equal settings, in turn
-    python -m benchmarks.lstm --work maze              # a cue 20 steps back, and no memory
+    python -m benchmarks.lstm --work maze              # a cue 20 steps back
     python -m benchmarks.lstm --work details           # the maze with one detail changed
     python -m benchmarks.lstm --work sequences         # three ways to run an LSTM over a rollout
-    python -m benchmarks.lstm --work table             # what lstm.csv holds, as the pages have it
+    python -m benchmarks.lstm --work table             # lstm.csv as the table of the pages
 
-Returns: CartPole, Acrobot and LunarLander with every velocity set to 0, the same steps for all.
-ppo_lstm.py and ppo_discrete.py have their defaults, the latter on the last four observations.
-RecurrentPPO has the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
-for Acrobot those are of the task with its velocities. Its two LSTMs have 256 units; --units 64
-gives them the size of ours, and takes less time. One line a run goes to results/lstm.csv.
+Returns: CartPole, Acrobot and LunarLander with all velocities set to 0, and the same steps for all.
+ppo_lstm.py and ppo_discrete.py use their defaults, the latter on the last four observations.
+RecurrentPPO uses the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
+for Acrobot, those were tuned with velocities. Its two LSTMs have 256 units; --units 64 gives them
+the size of ours and takes less time. Each run adds one line to results/lstm.csv.
 
 Speed: the same environments, rollout, minibatches, epochs and network: an LSTM of 64 units each
-for policy and critic, a layer of 64 behind it, ReLU. Every run is a process of its own on one core,
-and they take turns. Steps per second count from the end of the second iteration. As the core may
-not be theirs alone, steps per second of the processor stand beside.
+for policy and critic, then a layer of 64, ReLU. Every run is a separate process on one core, and
+they take turns. Steps per second count from the end of the second iteration. The core may be
+shared, so steps per second of processor time are reported as well.
 
-Maze: both scripts have advantages that are not normalised. Where every episode pays 1, normalising
-blows up what is left of them, and the memory of a solved maze is lost again. Details: ppo_lstm.py
+Maze: neither script normalises advantages. Once every episode pays 1, normalising blows up what is
+left of them, and the policy forgets a solved maze again. Details: ppo_lstm.py
 in the maze, and two of them in CartPole, with one thing changed, by wrapping its functions.
 """
 
@@ -48,7 +48,7 @@ from benchmarks.jobs import (
 )
 from benchmarks.run import Training, train_all
 
-# Environment, steps, and the numbers of its observation that are velocities.
+# Environment, steps, and the indices of the velocities in its observation.
 TASKS = {
     "CartPole-v1": (100_000, (1, 3)),
     "Acrobot-v1": (200_000, (4, 5)),
@@ -61,7 +61,7 @@ def falling(start: float) -> Any:
     return lambda left: start * left
 
 
-# Of rl-baselines3-zoo; a name with "envs" or "normalize" is not RecurrentPPO's.
+# From rl-baselines3-zoo; a name with "envs" or "normalize" is not RecurrentPPO's.
 ZOO: dict[str, dict] = {
     "CartPole-v1": {
         "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
@@ -116,7 +116,7 @@ class Hide(gym.ObservationWrapper):
         return obs
 
 
-if "TMaze-v0" not in gym.registry:  # this file may be imported by more than one name
+if "TMaze-v0" not in gym.registry:  # this file may be imported under more than one name
     gym.register("TMaze-v0", TMaze)
 
 # Wrapped around ppo_discrete.py: the last four observations instead of one.
@@ -166,13 +166,13 @@ IN_CART_POLE = {"one LSTM for actor and critic": "", "observations not normalise
 
 @dataclass
 class Args(Shared):
-    """Measure what a memory is worth."""
+    """Measure the value of a memory."""
 
     # What is measured.
     work: Literal["returns", "speed", "maze", "details", "sequences", "table"] = "returns"
     env_ids: tuple[str, ...] = ()  # of the returns and the details; all of them by default
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    rounds: int = 3  # of the speed: times that each is run
+    rounds: int = 3  # for the speed: number of runs of each
     core: int = 0  # the core on which they run
     units: int = 256  # of each LSTM of RecurrentPPO
     only: tuple[str, ...] = ()  # scripts, of ppo_lstm.py, ppo_discrete.py and RecurrentPPO
@@ -254,7 +254,7 @@ SPEED_STEPS = 10 * EQUAL["num_envs"] * EQUAL["num_steps"]
 
 
 def ticks_of_ours(seed: int) -> list[tuple[int, float, float]]:
-    """Train ppo_lstm.py; return rows, time and processor's seconds after each iteration."""
+    """Train ppo_lstm.py; return rows, time and processor seconds after each iteration."""
     import ppo_lstm
 
     ticks: list[tuple[int, float, float]] = []
@@ -305,7 +305,7 @@ def ticks_of_peer(seed: int) -> list[tuple[int, float, float]]:
         n_epochs=EQUAL["update_epochs"],
         learning_rate=falling(2.5e-3),
         ent_coef=0.01,
-        vf_coef=0.25,  # of a loss that it does not halve
+        vf_coef=0.25,  # it does not halve the loss
         policy_kwargs=dict(
             lstm_hidden_size=size,
             net_arch=dict(pi=[size], vf=[size]),
@@ -354,7 +354,7 @@ def measure_speed(args: Args) -> None:
 
 
 def measure_sequences(rounds: int) -> None:
-    """Print milliseconds of the processor for outputs and gradient of a minibatch, the least."""
+    """Print the least processor milliseconds for outputs and gradient of a minibatch."""
     import torch
 
     import ppo_lstm
@@ -378,7 +378,7 @@ def measure_sequences(rounds: int) -> None:
         return outputs
 
     def by_stretches(obs: Any, begins: Any) -> Any:
-        """Between two rows in which any episode begins, as a2c-ppo-acktr does."""
+        """Stretches between rows in which any episode begins, as in a2c-ppo-acktr."""
         cuts = [0, *(begins[1:].any(1).nonzero()[:, 0] + 1).tolist(), T]
         outputs, last = [], state
         for start, end in zip(cuts, cuts[1:]):
@@ -411,7 +411,7 @@ MAZE_FLAGS += " --eval-episodes 100"
 
 
 def table() -> str:
-    """Return the table of what lstm.csv holds, in Markdown."""
+    """Return lstm.csv as a Markdown table."""
     groups: dict[tuple, list[dict]] = {}
     for row in read(RESULTS / "lstm.csv"):
         key = row["env_id"].rpartition(":")[2], row["script"], row["config"]

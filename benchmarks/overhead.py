@@ -1,10 +1,10 @@
-"""What keeping a run costs, and what processes and compiling bring: lines of overhead.csv.
+"""The cost of checkpoints, and the gain from processes and compiling: lines of overhead.csv.
 
-    python -m benchmarks.overhead                     # processes and compiling, beside without
+    python -m benchmarks.overhead                     # processes and compiling, against neither
     python -m benchmarks.overhead --what checkpoints  # their share of the loop's time
     python -m benchmarks.tables --table overhead.csv --part gains
 
-A gain is of runs that take turns (A B A B ...).
+A gain compares runs that take turns (A B A B ...).
 """
 
 import re
@@ -31,7 +31,7 @@ CHEETAH = ("ppo_continuous.py", "--env-id HalfCheetah-v5 --total-timesteps 60000
 
 
 class Slow(gym.Wrapper):
-    """CartPole whose step takes 2 ms, as a simulator's may."""
+    """CartPole with a step of 2 ms, like that of a simulator."""
 
     def __init__(self) -> None:
         super().__init__(gym.make("CartPole-v1").unwrapped)
@@ -56,16 +56,16 @@ TIMED = {"experiment.Run.save": time_save}
 
 @dataclass
 class Args(jobs.Shared):
-    """Compare a run with and without what costs or saves time."""
+    """Compare a run with and without something that costs or saves time."""
 
     what: Literal["gains", "checkpoints"] = "gains"
-    rounds: int = 5  # times that each measurement is taken; the table shows medians
+    rounds: int = 5  # number of times each measurement is taken; the table shows medians
 
 
 def rate_and_beginning(
     script: str, flags: str, launcher: tuple[str, ...], cache: str
 ) -> tuple[float, float]:
-    """Train; return the steps a second and the seconds that it needed to get going.
+    """Train; return the steps per second and the seconds until it got going.
 
     The rate is of all but the first tenth of the steps; the second number is by how much that tenth
     was slower, to which compiling belongs.
@@ -84,7 +84,7 @@ def rate_and_beginning(
 def checkpoints(script: str, flags: str) -> Quantities:
     """Measure the share of the loop's time that checkpoints take.
 
-    It is too small to be seen by comparing two noisy runs.
+    It is too small to show in a comparison of two noisy runs.
     """
     timed = jobs.wrapped_script(script, "overhead.TIMED")
     run = jobs.launch(timed, [*flags.split(), "--eval-episodes", 1])
@@ -95,12 +95,12 @@ def checkpoints(script: str, flags: str) -> Quantities:
 
 def gain(name: str, script: str, flags: str, more: str, launcher: tuple[str, ...]) -> Quantities:
     """Measure a script with `more` flags or started by `launcher`, and without."""
-    with tempfile.TemporaryDirectory() as cache:  # of what is compiled: empty, as on the first day
+    with tempfile.TemporaryDirectory() as cache:  # for compiled code: empty, as the first time
         without, began = rate_and_beginning(script, flags, (), cache)
         rate, first = rate_and_beginning(script, flags + more, launcher, cache)
         _, again = rate_and_beginning(script, flags + more, launcher, cache)
     quantities = {"steps/s without": without, "with": rate, "times": rate / without}
-    if more:  # what torchrun needs to start is not in the loop's time
+    if more:  # the loop's time excludes torchrun's start
         quantities["begins later by, s"] = first - began
         quantities["the second time, s"] = again - began
     return {(name, quantity): value for quantity, value in quantities.items()}

@@ -4,8 +4,8 @@
     python -m benchmarks.pitfalls --only lr-high        # one case
     python -m benchmarks.pitfalls --ranges              # print the tables of the page
 
-A run is one process of a script with the flags of its case. Every number that it logged goes to the
-folder pitfalls, a line an iteration, and the figures are drawn from there alone.
+A run is one process of a script with the flags of its case. All its logged numbers go to the folder
+pitfalls, one line per iteration, and the figures are drawn only from there.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ PENDULUM += " --learning-rate 1e-3 --activation relu"
 
 @dataclass(frozen=True)
 class Case:
-    """A command, the healthy case it is drawn beside, and the logged number that tells."""
+    """A command, the healthy case to compare it with, and the logged number that gives it away."""
 
     command: str  # of the script, with the flags that differ from the healthy case at the end
     healthy: str  # the name of the healthy case, "" if it is one
     number: str = "losses/approx_kl"  # the second panel
     seeds: int = 3
-    log: bool = False  # whether the second panel's axis is logarithmic
+    log: bool = False  # whether the second panel has a logarithmic axis
 
 
 CASES = {
@@ -73,7 +73,7 @@ class Args(Shared):
 
     only: tuple[str, ...] = ()  # cases to run or draw, by default all
     ranges: bool = False  # print the healthy ranges and the outcomes as Markdown, run nothing
-    # Take over the logged numbers of finished RLHF runs (benchmarks.rlhf) from this folder.
+    # Copy the logged numbers of finished RLHF runs (benchmarks.rlhf) from this folder.
     rlhf_runs: Path | None = None
 
 
@@ -93,7 +93,7 @@ def train(name: str, seed: int, core: int) -> list[dict[str, str]]:
 
 
 def load(name: str, folder: Path) -> list[dict[str, np.ndarray]]:
-    """Return the runs of a case in a folder, each a column of numbers a metric."""
+    """Return the runs of a case in a folder, each with one column of numbers per metric."""
     runs = []
     for path in sorted(folder.glob(f"{name}__*.csv")):
         rows = read(path)
@@ -109,14 +109,14 @@ def draw(name: str, folder: Path) -> None:
 
 
 def digits(x: float) -> str:
-    """Return two digits or more, without an exponent where a person would write none."""
+    """Format with two or more digits, with an exponent only where a person would write one."""
     if 0 < abs(x) < 1e-4:
         return f"{x:.0e}"
     return f"{x:,.0f}" if abs(x) >= 100 else f"{float(f'{x:.2g}'):g}"
 
 
 def ranges(folder: Path = RESULTS / "pitfalls") -> str:
-    """Return a row a logged number: 5 to 95 % of all iterations of each script's healthy runs."""
+    """Return one row per logged number: 5 to 95 % of each script's healthy iterations."""
     columns = {
         "ppo_discrete.py": [*load("cartpole", folder), *load("lake", folder)],
         "ppo_continuous.py": load("pendulum", folder),
@@ -142,14 +142,14 @@ def mean_of(runs: list[dict[str, np.ndarray]], metric: str, share: float) -> str
     means = []
     for run in runs:
         steps, values = run["global_step"], run[metric]
-        known = ~np.isnan(values)  # where no episode ended the last return known still stands
+        known = ~np.isnan(values)  # where no episode ended, the last known return still holds
         values = np.interp(steps, steps[known], values[known])
         means.append(values[steps > share * steps[-1]].mean())
     return digits(float(np.mean(means)))
 
 
 def outcomes(folder: Path = RESULTS / "pitfalls") -> str:
-    """Return a row a case: returns over the run and its last tenth, the number over the run."""
+    """Return one row per case: returns over the run and its last tenth, the number over the run."""
     heads = [":case", ":flags", "seeds", "return, whole run", "return, last tenth"]
     lines = []
     for name, case in CASES.items():

@@ -1,4 +1,4 @@
-"""The figures that others published, to stand beside ours."""
+"""Published figures of others, shown beside ours."""
 
 # The best published PPO at 1M steps, of versions v2 to v4: T Tianshou (v3, 10 seeds, the maximum
 # over training), B Baselines (v2, 6 seeds, rerun by Huang et al.), C CleanRL (v4, 3 seeds).

@@ -1,10 +1,10 @@
-"""Train a script over environments and seeds: a line of a table and a learning curve a run.
+"""Train a script over environments and seeds: one table line and learning curve per run.
 
     python -m benchmarks.run --env-ids CartPole-v1 --seeds 1 2 3 4 5
     python -m benchmarks.run --env-ids CartPole-v1 --seeds 1 --config x --flags="--ent-coef 0.1"
 
-A run that is in the table already is not repeated, so a call that was interrupted is just made
-again. With `--runs FOLDER` a run that was interrupted continues from its checkpoint.
+Runs that are already in the table are not repeated, so if a call is interrupted, make it again.
+With `--runs FOLDER`, an interrupted run continues from its checkpoint.
 """
 
 import csv
@@ -33,7 +33,7 @@ class Args(Shared):
     config: str = "default"  # a name for the flags, one column of the table
     flags: str = ""  # further flags of the script
     table: str = "runs.csv"  # the table's file in the folder of results
-    processes: int = 1  # runs at a time, each on a core of its own
+    processes: int = 1  # runs at a time, each on its own core
     runs: Path | None = None  # keep the runs' folders here; without it they are temporary
 
 
@@ -95,7 +95,7 @@ def train_all(
     curves: bool = True,
     runs: Path | None = None,
 ) -> None:
-    """Train what the table has no line of; curves go to a folder beside the table."""
+    """Train the runs that the table lacks; curves go to a folder beside the table."""
     folder = table.parent / "curves" if curves else None
     jobs = [
         Job(

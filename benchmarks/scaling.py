@@ -1,21 +1,21 @@
-"""How cost grows and where the time goes: lines of scaling.csv.
+"""How the cost grows and where the time goes: lines of scaling.csv.
 
     python -m benchmarks.scaling                              # all, on one core with one thread
     python -m benchmarks.scaling --parts environments gae
     python -m benchmarks.tables --table scaling.csv --part environments
 
 Parts:
-    environments  CartPole over 1 to 4,096 environments: steps/s, seconds an update, and the floor
-    profile       microseconds that each part of the loop takes, for each step of an environment
+    environments  CartPole over 1 to 4,096 environments: steps/s, seconds per update, and the floor
+    profile       microseconds that each part of the loop takes per environment step
     atari         steps/s of Pong's environments alone, and in the rollout with a policy that costs
                   nothing
-    gae           microseconds of `gae` and of the other forms in advantages.py over T and N
+    gae           microseconds of `gae` and the alternatives in advantages.py over T and N
     rlhf          tokens/s of ppo_rlhf_toy.py's generation over batch and length, with its KV cache
                   and without
 
-The floor is what the same number of environment steps and of matrix products cost, alone and back
-to back: all else (sampling, activations, losses, Adam, logging, Python) is above it. It counts all
-rows; the loop leaves those of resets out of the update, one in twenty of CartPole's early on.
+The floor is the time of the same number of environment steps and matrix products, alone and back to
+back: everything else (sampling, activations, losses, Adam, logging, Python) comes on top. It counts
+all rows; the loop leaves reset rows out of the update, early on one in twenty on CartPole.
 """
 
 import ast
@@ -49,16 +49,16 @@ PARTS = ("environments", "profile", "atari", "gae", "rlhf")
 
 @dataclass
 class Args(jobs.Shared):
-    """Measure how cost grows."""
+    """Measure how the cost grows."""
 
     parts: tuple[str, ...] = PARTS  # what to measure
-    rounds: int = 5  # times that each measurement is taken; the table shows medians
+    rounds: int = 5  # number of times each measurement is taken; the table shows medians
     quick: bool = False  # 1 round of few sizes
 
 
-# For glibc's malloc, which else gives tensors of some megabytes back and asks for them again.
+# For glibc's malloc, which otherwise returns a few megabytes per tensor and requests them again.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-# Before and after each of these functions is a mark: what ran since the last one is that part.
+# Each of these functions has a mark before and after it: the time since the last mark is a part.
 MARKS = {
     "experiment.RecordedEnvs.step": ("acting", "environment"),
     "gae": ("", "advantages"),
@@ -73,7 +73,7 @@ minibatches forward backward optimiser""".split()
 
 
 def seconds(function: Callable[[], object], least: float = 0.05) -> float:
-    """Return what one call takes: the best of three averages over at least `least` seconds."""
+    """Return the seconds of one call: the best of three averages over at least `least` seconds."""
     function()
     best = np.inf
     for _ in range(3):
@@ -103,7 +103,7 @@ def matrix_products(
             x @ weight
             if backward:
                 x.T @ grad  # the weights' gradient
-                if i > 0:  # nobody asks for the observations'
+                if i > 0:  # the observations need none
                     grad @ weight.T
 
     return seconds(products)
@@ -175,7 +175,7 @@ def profiled(script: str, iterations: int, **flags) -> tuple[dict[str, float], i
 
 
 def atari(iterations: int) -> Quantities:
-    """Measure the rollout's steps/s on Pong with a policy that costs nothing, and the bare ones."""
+    """Measure steps/s on Pong: in the rollout with a policy that costs nothing, and bare."""
     limit = ("max_num_frames_per_episode=1000",)  # so that the evaluation is short
     args = ppo_atari.Args(env_kwargs=limit, hidden_size=8, update_epochs=1, eval_episodes=1)
     envs = ppo_atari.make_envs(args, args.num_envs)
@@ -220,7 +220,7 @@ def environments(num_envs: int, num_minibatches: int = 4) -> Quantities:
 
 
 def memory_kept(num_envs: int) -> Quantities:
-    """Measure the same where freed memory is kept for the next tensor, not handed back."""
+    """Measure the same with freed memory kept for the next tensor instead of returned."""
     code = "import torch; from benchmarks import scaling; torch.set_num_threads(1); "
     code += f"print(repr(scaling.environments({num_envs})))"
     printed = jobs.launch(["-c", code], core=0, environment=KEEP_MEMORY).printed
@@ -229,7 +229,7 @@ def memory_kept(num_envs: int) -> Quantities:
 
 
 def profile(name: str, script: str, iterations: int, **flags: object) -> Quantities:
-    """Measure the microseconds of each part of the loop, for each row, beside the floor."""
+    """Measure the microseconds of each part of the loop per row, and the floor."""
     parts, rows, environment, products = profiled(script, iterations, **flags)
     lines = {part: 1e6 * value / rows for part, value in parts.items()}
     whole = sum(parts.values())
@@ -245,14 +245,14 @@ def gae_times(T: int, N: int) -> Quantities:
 
 
 def without_cache(forward: Callable, model, tokens, cache=None):
-    """Let a transformer read all tokens again; of the cache, keep only what they were."""
+    """Make a transformer read all tokens again; the cache keeps only the tokens."""
     if cache is not None:
         tokens = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
     return forward(model, tokens)
 
 
 def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
-    """Return tokens a CPU second of generation with and without the KV cache, the best of some.
+    """Return generated tokens per CPU second with and without the KV cache, the best of several.
 
     EOS is made improbable, so that all answers are as long as allowed and both do the same work.
     """
@@ -265,7 +265,7 @@ def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
     texts = task.prompts(batch_size, rng)
     prompts = task.tokenizer.block(map(task.tokenizer.encode, texts), True, device)
     best = [0.0, 0.0]
-    for i in range(2 * repeats):  # in turns, so that both meet the same noise
+    for i in range(2 * repeats):  # taking turns, so that both see the same noise
         with jobs.wrapped(toy, {"Transformer.forward": without_cache} if i % 2 else {}):
             start = time.process_time()
             with torch.no_grad():
@@ -306,7 +306,7 @@ PROFILES = {  # script, iterations and arguments
 
 
 def measurements(args: Args) -> Iterator[Measurement]:
-    """Yield what is to be measured, of all parts."""
+    """Yield what to measure, for all parts."""
     quick = args.quick
     for N in (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096):
         yield Measurement("environments", f"{N:,}", "steps/s", partial(environments, N))

@@ -1,22 +1,22 @@
-"""The same PPO work by us and by the peers: steps per second, time to solve CartPole, memory.
+"""The same PPO work by ours and by the peers: steps per second, time to solve CartPole, memory.
 
     python -m benchmarks.speed                        # CartPole, eager and compiled
     python -m benchmarks.speed --work half-cheetah
-    python -m benchmarks.speed --work pong            # beside CleanRL alone
+    python -m benchmarks.speed --work pong            # against CleanRL only
     python -m benchmarks.speed --work solve           # CartPole solved, from process start
     python -m benchmarks.speed --threads 2            # any of them on two cores
     python -m benchmarks.tables --table speed.csv --part solve
 
-Measured are those peers that have an environment in --envs, which `benchmarks/peers/install.sh`
-makes; CleanRL, LeanRL and PureJaxRL also need their checkouts: --cleanrl, --leanrl, --purejaxrl
-PATH. Every contender is a process of its own, on one core with one thread, and they run in turn,
-round after round. Two iterations before its first round count what each does: optimiser steps and
-environment steps must be what the settings ask for, or the contender is left out.
+Only peers with a virtual environment in --envs are measured; `benchmarks/peers/install.sh` creates
+them. CleanRL, LeanRL and PureJaxRL also need checkouts: --cleanrl, --leanrl, --purejaxrl PATH.
+Each contender runs in its own process, on one core with one thread, and they take turns, round
+after round. Before its first round, two iterations of each are counted: if its optimiser steps and
+environment steps are not what the settings ask for, the contender is left out.
 
 Steps per second are rows per wall second from the end of the second iteration to the end of the
-last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes by the
-most likely actions; the time runs from the start of the process, imports and compilation included,
-without those evaluations, which take place about every 2,000 rows. A run is a line of speed.csv.
+last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes with the
+most likely actions; the time runs from the start of the process, including imports and compilation
+but not these evaluations, which take place about every 2,000 rows. A run is a line of speed.csv.
 """
 
 import json
@@ -83,27 +83,27 @@ OWN = replace(CARTPOLE, total_timesteps=500_000)  # what CleanRL and PureJaxRL c
 FLAGS = "env_id total_timesteps seed num_envs num_steps update_epochs num_minibatches learning_rate"
 FLAGS += " gamma gae_lambda clip_coef clip_vloss ent_coef vf_coef max_grad_norm"
 BURN_IN = 2  # iterations before steps per second are counted
-LIMIT = 1200  # seconds after which a run is given up
+LIMIT = 1200  # seconds after which a run is stopped
 
 
 @dataclass
 class Args(jobs.Shared):
-    """Measure ourselves and the peers in turn."""
+    """Measure our scripts and the peers in turn."""
 
-    work: Literal["cart-pole", "half-cheetah", "pong", "solve"] = "cart-pole"  # what is to be done
-    rounds: int = 5  # times that each contender is run, each with another seed
+    work: Literal["cart-pole", "half-cheetah", "pong", "solve"] = "cart-pole"  # the work to do
+    rounds: int = 5  # runs of each contender, each with a different seed
     threads: int = 1  # cores and PyTorch threads of each
-    envs: Path = ROOT / ".venv-peers"  # a folder with an environment for each peer
+    envs: Path = ROOT / ".venv-peers"  # a folder with a virtual environment for each peer
     cleanrl: Path | None = None  # a checkout of CleanRL
     leanrl: Path | None = None  # a checkout of LeanRL
     purejaxrl: Path | None = None  # a checkout of PureJaxRL
-    only: tuple[str, ...] = ()  # names of the contenders, by default all that can be run here
+    only: tuple[str, ...] = ()  # names of the contenders, by default all that can run here
     quick: bool = False  # 1 round of fewer rows
 
 
 @dataclass
 class Contender:
-    """A program that does the work, and how it is told to."""
+    """A program that does the work, and how to start it."""
 
     name: str
     python: Path
@@ -111,7 +111,7 @@ class Contender:
     settings: Settings
     flags: tuple[object, ...] = ()  # after those of the settings
     as_json: bool = False  # takes the settings as JSON, not as flags
-    countable: bool = True  # its steps are Gymnasium's and PyTorch's, and not compiled
+    countable: bool = True  # its steps are Gymnasium's and PyTorch's, uncompiled
     package: str = "torch"  # whose version the table names, beside
     checkout: Path | None = None  # the commit of this folder
     remark: str = ""  # what differs from the settings
@@ -121,7 +121,7 @@ def our_contenders(work: str, settings: Settings) -> list[Contender]:
     """Return our script, and the same compiled."""
     scripts = {"half-cheetah": "ppo_continuous.py", "pong": "ppo_atari.py"}
     name = scripts.get(work, "ppo_discrete.py")
-    # Our default normalises advantages over the batch, the peers do it a minibatch at a time.
+    # Our default normalises advantages over the batch, the peers over each minibatch.
     flags = ("--norm-adv", "batch" if work == "solve" else "minibatch", "--eval-episodes", 1)
     flags += ("--num-threads", settings.threads)
     flags += () if work == "pong" else ("--activation", settings.activation)
@@ -168,7 +168,7 @@ def cleanrl(args: Args, settings: Settings) -> Contender:
 
 
 def leanrl(args: Args, settings: Settings) -> list[Contender]:
-    """Return LeanRL's script, and the one that it compiles; it has none for CartPole."""
+    """Return LeanRL's script, eager and compiled; it has none for CartPole."""
     python, script = args.envs / "leanrl" / "bin" / "python", PEERS / "run_cleanrl.py"
     flags = (args.leanrl / "leanrl" / "ppo_continuous_action.py",)
     eager = Contender("LeanRL", python, script, settings, flags)
@@ -187,7 +187,7 @@ def purejaxrl(args: Args, settings: Settings) -> Contender:
 
 
 def contenders(args: Args) -> list[Contender]:
-    """Return all that can be run here; say which cannot."""
+    """Return the contenders that can run here; report those that cannot."""
     works = {"cart-pole": CARTPOLE, "half-cheetah": HALF_CHEETAH, "pong": PONG, "solve": SOLVE}
     settings = replace(works[args.work], threads=args.threads)
     if args.quick and args.work != "solve":
@@ -201,7 +201,7 @@ def contenders(args: Args) -> list[Contender]:
         found += leanrl(args, settings)
     if args.purejaxrl and settings.env_id == CARTPOLE.env_id:
         found.append(purejaxrl(args, settings))
-    if args.work == "solve" and not args.quick:  # each with the settings that it comes with, too
+    if args.work == "solve" and not args.quick:  # also each with its own settings
         zoo, own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
         tuned = library_contenders(args, zoo)[:1]
         tuned += [cleanrl(args, own)] if args.cleanrl else []
@@ -221,7 +221,7 @@ def flag(name: str, value: object) -> str:
 
 
 def run(contender: Contender, **environment: str) -> tuple[Finished, list[dict]]:
-    """Run it once; return what it left, and what it told at each tick."""
+    """Run it once; return what it left behind, and what it reported at each tick."""
     settings = asdict(contender.settings)
     words = [flag(name.replace("_", "-"), settings[name]) for name in FLAGS.split()]
     words = [json.dumps(settings)] if contender.as_json else words
@@ -241,14 +241,14 @@ def run(contender: Contender, **environment: str) -> tuple[Finished, list[dict]]
 
 
 def check_work(contender: Contender) -> str:
-    """Run two iterations and count; return what was done, or raise if it is not what was asked."""
+    """Run two iterations and count; return the counts, or raise if they are not as asked."""
     if not contender.countable:
         return "its steps are compiled and cannot be counted from outside, only its rows"
     s = replace(contender.settings, total_timesteps=2 * contender.settings.batch_size)
     *_, last = run(replace(contender, settings=s), BENCHMARK_COUNT="1")[1]
     env_steps, gradient_steps = last["env_steps"], last["gradient_steps"]
     wanted = 2 * s.update_epochs * s.num_minibatches
-    # A library that spends a row on the reset steps the environment once less for each episode.
+    # A library that spends a row on the reset takes one environment step fewer per episode.
     same = last["rows"] == s.total_timesteps and gradient_steps == wanted
     if not same or not 0.9 * s.total_timesteps <= env_steps <= s.total_timesteps:
         raise Failed(
@@ -300,7 +300,7 @@ def measure(contender: Contender, work: str, number: int) -> dict:
 
 
 def runs_in_turn(args: Args) -> Iterator[jobs.Job]:
-    """Yield the runs, round after round. A contender that failed is left out from then on."""
+    """Yield the runs, round after round. A contender that fails is left out from then on."""
     found, checked, failed = contenders(args), set(), set()
 
     def measure_unless_failed(contender: Contender, number: int, core: int) -> list[dict]:

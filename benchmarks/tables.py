@@ -5,7 +5,7 @@
     python -m benchmarks.tables --results benchmarks/results/own       # of your own runs.csv
     python -m benchmarks.tables --pages README.md                      # update a page's tables
 
-In a page, a table stands between two comments, of which the first is the command that prints it:
+On a page, a table stands between two comments. The first is the command that prints it:
 
     <!-- python -m benchmarks.tables --table runs.csv -->
     ...
@@ -14,10 +14,10 @@ In a page, a table stands between two comments, of which the first is the comman
 The interquartile mean (IQM) leaves out the lowest and the highest quarter of the seeds; its
 interval is the middle 95 % of the IQMs of 20,000 resamplings of the seeds with replacement, as
 Agarwal et al. 2021 ("Deep RL at the Edge of the Statistical Precipice") propose. Their rliable
-gives the same numbers, but its 1.2.0 cannot be imported beside pandas 3, hence SciPy. The interval
-cannot reach beyond the seeds seen, so with few of them it is too narrow: of normal scores it holds
-the truth in 94 % of cases with 10 seeds, 89 % with 5, 76 % with 3. A difference between two
-configurations is therefore judged by Welch's t interval instead.
+gives the same numbers, but its version 1.2.0 cannot be imported with pandas 3, hence SciPy. The
+interval cannot reach beyond the seeds seen, so with few of them it is too narrow: for normal scores
+it covers the true value in 94 % of cases with 10 seeds, 89 % with 5 and 76 % with 3. Differences
+between two configurations are therefore judged by Welch's t interval instead.
 """
 
 import json
@@ -48,7 +48,7 @@ class Args:
     table: str = "runs.csv"  # the table's file in the folder of results
     part: str = ""  # of speed.csv, scaling.csv, overhead.csv or rlhf.csv; by default its first
     threads: int = 1  # of speed.csv
-    brief: Literal["", "en", "zh"] = ""  # README's form of classic.csv or speed.csv, in a language
+    brief: Literal["", "en", "zh"] = ""  # README's version, in this language
     results: Path = RESULTS  # folder of the tables; your own are in benchmarks/results/own
     pages: tuple[Path, ...] = ()  # pages whose tables are updated, instead of printing
 
@@ -57,7 +57,7 @@ class Args:
 
 
 def iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Return the mean over an axis without the lowest and the highest quarter."""
+    """Return the mean over an axis, leaving out the lowest and the highest quarter."""
     return trim_mean(scores, 0.25, axis=axis)
 
 
@@ -71,7 +71,7 @@ def interval(scores: np.ndarray, resamplings: int = 20_000) -> tuple[float, floa
 
 
 def change_interval(x: np.ndarray, default: np.ndarray) -> tuple[float, float]:
-    """Return Welch's 95 % interval of mean(x) - mean(default); without end for a single seed."""
+    """Return Welch's 95 % interval of mean(x) - mean(default); infinite for a single seed."""
     if min(len(x), len(default)) < 2:
         return -np.inf, np.inf
     if x.std() == default.std() == 0.0:
@@ -81,7 +81,7 @@ def change_interval(x: np.ndarray, default: np.ndarray) -> tuple[float, float]:
 
 
 def significance(x: np.ndarray, default: np.ndarray) -> str:
-    """Return an arrow if the interval of the difference leaves 0 out."""
+    """Return an arrow if the interval of the difference excludes 0."""
     low, high = change_interval(x, default)
     return " ▼" if high < 0.0 else " ▲" if low > 0.0 else ""
 
@@ -94,7 +94,7 @@ def median_and_range(values: Sequence[float], form: str) -> str:
 
 
 def markdown_table(heads: list[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table; heads that begin with ":" are of text, the others of numbers."""
+    """Return a Markdown table; headings that begin with ":" are for text, others for numbers."""
     rule = "|".join("---" if head.startswith(":") else "---:" for head in heads)
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in rows]
     return "\n".join([f"| {' | '.join(head.lstrip(':') for head in heads)} |", f"|{rule}|", *lines])
@@ -109,14 +109,14 @@ def group_by(rows: Rows, *columns: str) -> dict[tuple[str, ...], Rows]:
 
 
 def numbers(rows: Rows, column: str) -> np.ndarray:
-    """Return a column, without the rows that leave it empty."""
+    """Return a column without its empty rows."""
     return np.array([float(row[column]) for row in rows if row[column]])
 
 
 def seeds(rows: Rows) -> str:
-    """Return a line for every environment and configuration, over its seeds."""
+    """Return one line for each environment and configuration, over its seeds."""
     groups = group_by(rows, "env_id", "script", "config")
-    several = len({script for _, script, _ in groups}) > 1  # peers were run on them, too
+    several = len({script for _, script, _ in groups}) > 1  # peers were run as well
     figures = published.MUJOCO | (published.CLASSIC if several else {})
     compared = any(env_id in figures for env_id, _, _ in groups)
     heads = [":environment", *[":script"] * several, ":configuration", "steps", "seeds"]
@@ -133,7 +133,7 @@ def seeds(rows: Rows) -> str:
 
 
 def versions(group: Rows) -> str:
-    """Return the versions that a contender was measured in, by all of its lines."""
+    """Return the versions in which a contender was measured, from all of its lines."""
     return "; ".join(dict.fromkeys(row["versions"] for row in group))
 
 
@@ -182,7 +182,7 @@ def solved(rows: Rows) -> str:
 
 
 def settings_in_words(row: dict) -> str:
-    """Return the settings of a line of speed.csv in words."""
+    """Describe the settings of a line of speed.csv in words."""
     s = json.loads(row["settings"])
     network = "Nature's CNN" if s["env_id"].startswith("ALE/") else f"{s['activation']} 64-64"
     normalised = ", observations and rewards normalised" if s["normalise"] else ""
@@ -199,7 +199,7 @@ def settings_in_words(row: dict) -> str:
 
 
 def medians(rows: Rows) -> str:
-    """Return a line a case, a column a quantity, medians over rounds."""
+    """Return one line per case, one column per quantity, medians over rounds."""
     cells = group_by(rows, "case", "quantity")
     cases, quantities = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
@@ -233,7 +233,7 @@ RLHF_COLUMNS = {
 
 
 def rlhf(rows: Rows) -> str:
-    """Return a line a run: seeds at the default beta and, of reviews, without a KL penalty."""
+    """Return one line per run: seeds at the default beta and, for reviews, without a KL penalty."""
     columns, with_beta = RLHF_COLUMNS[rows[0]["task"]], rows[0]["task"] == "reviews"
     rows = [row for row in rows if row["kl_coef"] in ("0.1", "0.0")]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
@@ -246,7 +246,7 @@ def rlhf(rows: Rows) -> str:
 
 
 def rlhf_details(rows: Rows) -> str:
-    """Return a line a change; a mark where the 95 % interval of its difference leaves 0 out."""
+    """Return one line per change, marked where the 95 % interval of its difference excludes 0."""
     columns = {
         "gold": "gold",
         "proxy": "proxy",
@@ -282,9 +282,9 @@ def scores_of_changes(rows: Rows, order: str) -> dict[str, dict[str, np.ndarray]
 
 
 def changes(rows: Rows, order: str) -> str:
-    """Return a line a change, a column a task; a mark where its 95 % interval leaves 0 out.
+    """Return one line per change, one column per task; marked where the 95 % interval excludes 0.
 
-    Up to three seeds are shown each, more by their standard deviation.
+    Up to three seeds are listed; more are shown by their standard deviation.
     """
     scores = scores_of_changes(rows, order)
     env_ids = list(dict.fromkeys(env_id for tasks in scores.values() for env_id in tasks))
@@ -303,7 +303,7 @@ def changes(rows: Rows, order: str) -> str:
 
 
 def brief_returns(rows: Rows) -> list[list[object]]:
-    """Return a line an environment, ours and the peer's return side by side."""
+    """Return one line per environment, with ours and the peer's return side by side."""
     lines = []
     for (env_id,), group in group_by(rows, "env_id").items():
         theirs = [row for row in group if row["script"] == "Stable-Baselines3"]
@@ -316,7 +316,7 @@ def brief_returns(rows: Rows) -> list[list[object]]:
 
 
 def brief_speed(rows: Rows) -> list[list[object]]:
-    """Return a line a contender: steps per second, and how many times as many ours takes."""
+    """Return one line per contender: steps per second, and our steps/s divided by them."""
     groups = {
         name: numbers(x, "steps_per_second") for (name,), x in group_by(rows, "contender").items()
     }
@@ -326,7 +326,7 @@ def brief_speed(rows: Rows) -> list[list[object]]:
     ]
 
 
-BRIEF = {  # of README: the function of the rows, and the heads in each language
+BRIEF = {  # for README: the function of the rows, and the headings in each language
     "classic.csv": (
         brief_returns,
         {
@@ -344,7 +344,7 @@ BRIEF = {  # of README: the function of the rows, and the heads in each language
 }
 
 
-# For each file the function of its rows, and the column that --part chooses from.
+# For each file, the function of its rows, and the column from which --part chooses.
 TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
     "runs.csv": (seeds, ""),
     "continuous.csv": (seeds, ""),
@@ -360,7 +360,7 @@ TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
 
 
 def markdown(args: Args) -> str:
-    """Return the table that `args` ask for."""
+    """Return the table that `args` asks for."""
     rows = read(args.results / args.table)
     if not rows:
         sys.exit(f"--table {args.table}: {args.results} has no such table")

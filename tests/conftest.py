@@ -87,7 +87,7 @@ def browser():
 
 
 class Watched:
-    """Opens pages of the site. Whatever they complain of, or fetch from elsewhere, is wrong."""
+    """Opens pages of the site; an error on a page, or a fetch from elsewhere, fails the test."""
 
     def __init__(self, browser: Any):
         self.browser, self.contexts, self.wrong = browser, [], []

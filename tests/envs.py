@@ -75,7 +75,7 @@ class Dial(gym.Env):
 
 
 class Constant(gym.Env):
-    """Reward 1 a step, whatever is done, for `length` steps; the observation is the step's one-hot.
+    """Reward 1 for any action, for `length` steps; the observation is the step's one-hot.
 
     With `truncate` only a time limit ends the episode and the observation never changes, so that
     V = 1 / (1 - gamma) everywhere; without, V(step k) = 1 + gamma + ... with length - k terms.

@@ -78,7 +78,7 @@ def run_main(
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return what a run logged, a row an iteration."""
+    """Return what a run logged, one row per iteration."""
     with open(run_dir / "metrics.csv") as file:
         return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
 

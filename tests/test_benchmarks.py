@@ -542,7 +542,7 @@ def test_a_contender_that_failed_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_cartpole_counts_as_solved_by_whole_episodes() -> None:
-    """By the tilt alone the pole falls; always to the left at once; by all four it stands."""
+    """The tilt alone lets the pole fall, always left fails at once; all four numbers keep it up."""
     assert common.evaluate(lambda obs: obs[:, 2] > 0) < common.SOLVED
     assert common.evaluate(lambda obs: np.zeros(len(obs), int)) < 12.0
     assert common.evaluate(lambda obs: obs @ (0.1, 0.5, 1.0, 1.0) > 0) == 500.0

@@ -267,10 +267,10 @@ def test_tables_are_those_of_the_committed_data() -> None:
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*/discrete.md")), ids=lambda p: p.parent.name)
 def test_defaults_are_those_of_the_scripts(page: Path) -> None:
     rows = re.findall(
-        r"^\| `--([\w-]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|", page.read_text(), re.M
+        r"^\| `--([\w-]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|", page.read_text(), re.M
     )
     assert len(rows) == 10
-    scripts = (ppo_discrete.Args(), ppo_continuous.Args(), ppo_rlhf_toy.Args())
+    scripts = [x.Args() for x in (ppo_discrete, ppo_continuous, ppo_atari, ppo_rlhf_toy)]
     task = ppo_rlhf_toy.TASKS["reviews"]
     for flag, _, *cells in rows:
         name = flag.replace("-", "_")
@@ -278,9 +278,9 @@ def test_defaults_are_those_of_the_scripts(page: Path) -> None:
             if cell.strip():
                 value = getattr(args, name)
                 assert float(cell) == (getattr(task, name) if value is None else value), flag
-    pattern = r"^\| [^`|]+ \| [^|]+ \| (\d+) \| (\d+) \| (\d+) "
+    pattern = r"^\| [^`|]+ \| [^|]+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) "
     sizes = re.search(pattern, page.read_text(), re.MULTILINE)
-    assert sizes.groups() == (*(str(x.batch_size) for x in scripts[:2]), str(task.batch_size))
+    assert sizes.groups() == (*(str(x.batch_size) for x in scripts[:3]), str(task.batch_size))
 
 
 def test_the_answers_hold_together() -> None:

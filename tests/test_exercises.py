@@ -30,7 +30,7 @@ def command(page: str) -> list[str]:
 
 
 def run(words: list[str], folder: Path, monkeypatch, capsys) -> Metrics:
-    """Run a script; return a column a metric."""
+    """Run a script; return one column per metric."""
     script, *flags = words
     status, _, error = run_main(SCRIPTS[script], [*flags, "--run-dir", folder], monkeypatch, capsys)
     assert status == 0, error

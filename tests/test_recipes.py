@@ -260,7 +260,7 @@ def test_the_critic_has_a_learning_rate_of_its_own(patched, run_dir) -> None:
 
 @recipe("rnd")
 def test_novelty_is_what_was_seldom_seen(patched, run_dir, monkeypatch) -> None:
-    """Of two values, that of rewards ends with the episode; that of novelty never does."""
+    """The value of rewards ends with the episode; that of novelty never does."""
     calls = spy(monkeypatch, "gae", patched)
     args = args_of(patched, run_dir, env_id="test/Identity-v0", total_timesteps=5120)
     envs = patched.make_envs(args, 1)

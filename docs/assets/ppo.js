@@ -7,7 +7,7 @@
 const ppo = (() => {
   "use strict";
 
-  // The defaults of ppo_discrete.py, but for a smaller network and a learning rate that stays.
+  // The defaults of ppo_discrete.py, but for a smaller network with tanh and a constant learning rate.
   const ARGS = {
     num_envs: 32,
     num_steps: 32,
