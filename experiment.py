@@ -300,7 +300,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         wrappers = [single_env, *filter(None, [wrap])] if mode in ("sync", "async") else []
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
-        if not raised_by_gymnasium(error, inspect.getfile(type(args))):
+        if not is_fault_of_a_flag(error, inspect.getfile(type(args))):
             raise
         missing = module == "ale_py" and isinstance(error, ImportError)
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
@@ -321,7 +321,7 @@ def read_keyword(pair: str) -> tuple[str, Any]:
         return name, text
 
 
-def raised_by_gymnasium(error: BaseException, script: str) -> bool:
+def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
     """Return whether no code but Gymnasium's and ours took part: then a flag is wrong."""
     while error.__context__ is not None:
         error = error.__context__

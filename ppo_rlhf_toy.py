@@ -23,15 +23,14 @@ M response tokens in a minibatch. A token is an action, an answer is an episode.
 on the left, responses on the right, so that all responses begin in the same column.
 
 What is not PPO (run folder, checkpoints, command line) stands in experiment.py.
-Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), RLHF (Ziegler et al. 2019, arXiv 1909.08593),
-RLOO (Ahmadian et al. 2024, arXiv 2402.14740), GRPO (Shao et al. 2024, arXiv 2402.03300).
+Papers: arXiv 1707.06347 (PPO), 1909.08593 (RLHF), 2402.14740 (RLOO), 2402.03300 (GRPO).
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
 
-import pkgutil
+import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,18 +47,13 @@ import experiment
 from experiment import Run, RunArgs, UserError
 from gae import gae
 
-# Takes prompts and responses as texts without EOS, and returns one score for each pair.
-RewardFunction = Callable[[list[str], list[str]], list[float] | Tensor]
-
 
 @dataclass
 class Args(RunArgs):
     """Train the four models of RLHF, then evaluate the policy."""
 
-    # reviews with a learned reward, arithmetic with a verifiable one, or module:Task of yours.
-    task: str = "reviews"
-    # Skip stages 1 and 2, and take the reference and the reward model of the run in this folder.
-    load_models: Path | None = None
+    task: str = "reviews"  # reviews, arithmetic (its reward is verifiable), or your module:Task.
+    load_models: Path | None = None  # Skip stages 1 and 2: take their models from this run folder.
     checkpoint_every: int = 10  # Iterations of PPO between checkpoints. The last is always saved.
     eval_prompts: int = 1024  # Prompts of the final evaluation.
 
@@ -109,33 +103,25 @@ class Args(RunArgs):
 
     fixed = "task num_layers num_heads d_model context_size baseline"  # in the networks
     fixed_to_resume = "seed batch_size"
-    unit = "answers"
-
-    @property
-    def subject(self) -> str:
-        return self.task
+    unit, subject = "answers", property(lambda self: self.task)  # for the log
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
         super().check()
-        self.check_range("num_heads d_model context_size max_new_tokens", 1, 2**13)
+        self.check_range("num_heads d_model context_size max_new_tokens update_epochs", 1, 2**13)
         self.check_range("num_layers", 1, 1e9 / 12 / self.d_model**2)  # a billion weights
         self.check_range("sft_batch_size rm_batch_size rm_pairs rm_epochs eval_prompts", 1, 2**20)
         self.check_range("micro_batch_size sft_steps num_iterations warmup_iterations", 1)
-        self.check_range("update_epochs", 1)
         self.check_range("batch_size group_size", 2, 2**17)
         self.check_range("kl_coef missing_eos_penalty ent_coef", 0)
         self.check_range("gamma gae_lambda sft_accuracy rm_min_accuracy", 0, 1)
         self.check_range("learning_rate sft_learning_rate rm_learning_rate", 1e-12)
         self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm temperature", 1e-12)
-        task = find_task(self.task)
-        batch_size = self.batch_size or task.batch_size
-        self.check_range("num_minibatches", 1, batch_size)
-        self.check_range("context_size", task.prompt_size + self.max_new_tokens + 1)  # and an EOS
+        self.check_range("num_minibatches", 1, self.batch_size)
         if self.d_model % self.num_heads:
             raise UserError(f"--d-model {self.d_model} must divide by --num-heads")
-        if self.baseline == "group" and batch_size % self.group_size:
-            raise UserError(f"--batch-size {batch_size} must divide by --group-size")
+        if self.baseline == "group" and self.batch_size % self.group_size:
+            raise UserError(f"--batch-size {self.batch_size} must divide by --group-size")
         if self.kl_in_loss and self.kl_estimator == "k1":
             raise UserError("--kl-in-loss: the gradient of k1 is 0 on average, --kl-estimator k2")
 
@@ -177,14 +163,11 @@ class Task:
     tokenizer: Tokenizer
     prompt_size: int  # tokens of the longest prompt
     learned = False  # whether PPO sees the scores of a reward model, or gold itself
-    grammar = re.compile(".*", re.DOTALL)  # of an answer
     batch_size, num_iterations, update_epochs, sft_steps = 128, 40, 4, 500  # defaults of the flags
 
     def network(self, args: Args, head_size: int) -> "Transformer":
+        """Return a network. One of yours is a subclass that has a linear layer `head`, too."""
         return Transformer(args, self.tokenizer, head_size)
-
-    def grammatical(self, response: str) -> bool:
-        return self.grammar.fullmatch(response) is not None
 
     def gold_scores(self, prompts: list[str], responses: list[str]) -> list[float]:
         return list(map(self.gold, prompts, responses))
@@ -224,7 +207,7 @@ class Reviews(Task):
     def gold(self, prompt: str, response: str) -> float:
         clauses = re.findall(self.clause, response)
         named = {noun for noun, _ in clauses}
-        if not self.grammatical(response) or not named >= set(prompt.split()[:-1]):
+        if not self.grammar.fullmatch(response) or not named >= set(prompt.split()[:-1]):
             return 0.0
         praise = [adjective in self.good for _, adjective in clauses]
         praise += [word == "gladly" for word in re.findall(self.closing, response)]
@@ -235,7 +218,6 @@ class Arithmetic(Task):
     """Answer "27+8=". The answer can be checked, so there is no reward model."""
 
     tokenizer = Tokenizer(list("0123456789+="), separator="")
-    grammar = re.compile("0|[1-9][0-9]*")
     prompt_size = 6
     batch_size, num_iterations, update_epochs, sft_steps = 512, 120, 2, 5000  # of short answers
 
@@ -258,16 +240,14 @@ def find_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     sys.path.append("")  # the folder in which the command was typed
+    module, _, class_name = name.partition(":")
     try:
-        task_class = pkgutil.resolve_name(name)
-        if not callable(task_class):
-            raise ValueError("it is no class")
-    except (ImportError, AttributeError, ValueError) as error:
-        if isinstance(error, ImportError) and not name.startswith(error.name or name):
-            raise  # your module is there, and imports one that is not
-        choice = f"choose {' or '.join(TASKS)}, or module:Class"
-        raise UserError(f"--task {name}: {error}; {choice}") from error
-    return task_class()
+        return getattr(importlib.import_module(module), class_name)()
+    except Exception as error:
+        if not experiment.is_fault_of_a_flag(error, __file__):
+            raise
+        choice = " or ".join([*TASKS, "module:Class"])
+        raise UserError(f"--task {name}: {error}; choose {choice}") from error
 
 
 class Block(nn.Module):
@@ -295,10 +275,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small GPT-2 without dropout, which would move the ratio away from 1 (N details).
+    """A small GPT-2 without dropout, which would move the ratio away from 1 (N details)."""
 
-    A network of your own overrides `__init__` and `forward`, and has a linear layer `head`.
-    """
+    temperature = 1.0  # of the softmax. In PPO policy and reference have the flag's (N details).
 
     def __init__(self, args: Args, tokenizer: Tokenizer, head_size: int):
         super().__init__()
@@ -317,9 +296,8 @@ class Transformer(nn.Module):
         if cache is not None:  # keys and values stay valid: no token attends to a later one
             seen = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
         real, S, total = seen != self.tokenizer.pad, tokens.shape[1], seen.shape[1]
-        size = self.position.num_embeddings
-        if total > size:
-            raise UserError(f"--context-size {size}: a text has {total} tokens")
+        if total > self.position.num_embeddings:
+            raise UserError(f"--context-size is too small for a text of {total} tokens")
         # Positions count real tokens, so padding on the left changes nothing (N details).
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -S:]
         column = torch.arange(total, device=tokens.device)
@@ -331,9 +309,9 @@ class Transformer(nn.Module):
             x = block(x, visible, cache)
         return self.head(self.norm(x))
 
-    def log_softmax(self, logits: Tensor, temperature: float) -> Tensor:
-        """Return log pi (..., V). With another temperature anywhere, the first ratio is not 1."""
-        logits = logits / temperature
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Return log pi (..., V)."""
+        logits = logits / self.temperature
         logits[..., self.tokenizer.pad] = -1e9  # padding is not an action
         return F.log_softmax(logits, dim=-1)
 
@@ -341,11 +319,9 @@ class Transformer(nn.Module):
         """Return the output (B, R, head) one position before each response token."""
         return self(torch.cat([prompts, responses], dim=1))[:, prompts.shape[1] - 1 : -1]
 
-    def log_prob_and_entropy(
-        self, prompts: Tensor, responses: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
         """Return log pi of the response tokens and the policy's entropy in nats, both (B, R)."""
-        log_pi = self.log_softmax(self.before(prompts, responses), temperature)  # (B, R, V)
+        log_pi = self.log_softmax(self.before(prompts, responses))  # (B, R, V)
         log_probs = log_pi.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
         return log_probs, -(log_pi.exp() * log_pi).sum(-1)
 
@@ -366,19 +342,17 @@ class Models(nn.Module):
         super().__init__()
         self.policy = make_model(args, task, scalar=False)
         self.reference = make_model(args, task, scalar=False).requires_grad_(False)
-        self.value = self.reward_model = None
-        if args.baseline == "critic":
-            self.value = make_model(args, task, scalar=True)
+        self.policy.temperature = self.reference.temperature = args.temperature
+        self.value = make_model(args, task, scalar=True) if args.baseline == "critic" else None
+        self.reward_model = None
         if learned:
             self.reward_model = make_model(args, task, scalar=True).requires_grad_(False)
         self.stages_done = nn.Buffer(torch.tensor(0))
-        self.reward_model_quality = nn.Buffer(torch.zeros(2, dtype=torch.float64))  # see stage 2
+        self.reward_model_quality = nn.Buffer(torch.zeros(2))  # accuracy, correlation with gold
 
-    def read(
-        self, prompts: Tensor, responses: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log pi of the tokens, the policy's entropy, and V before each token: (B, R)."""
-        log_probs, entropies = self.policy.log_prob_and_entropy(prompts, responses, temperature)
+        log_probs, entropies = self.policy.log_prob_and_entropy(prompts, responses)
         values = torch.zeros_like(log_probs)
         if self.value is not None:
             values = self.value.before(prompts, responses).squeeze(-1)
@@ -389,9 +363,8 @@ class Models(nn.Module):
         saved, theirs = experiment.load_checkpoint(args.load_models, type(args))
         names = [name for name in self.state_dict() if not name.startswith(("policy", "value"))]
         with experiment.as_user_error(f"{args.load_models} holds no models that fit", Exception):
-            for name in ("task", "num_heads"):  # which no shape of a weight shows
-                if getattr(theirs, name) != getattr(args, name):
-                    raise ValueError(f"{name} is {getattr(theirs, name)}")
+            if (theirs.task, theirs.num_heads) != (args.task, args.num_heads):  # no shape shows it
+                raise ValueError(f"they are for {theirs.task}, with {theirs.num_heads} heads")
             self.load_state_dict({name: saved["agent"][name] for name in names}, strict=False)
         self.stages_done.clamp_(max=2)
 
@@ -404,9 +377,9 @@ def streams(args: Args, stage: int, device: torch.device) -> tuple[np.random.Gen
 
 
 @torch.no_grad()
-def in_parts(size: int, function: Callable, *columns: Tensor) -> list[Tensor]:
-    """Call a function that returns tensors on at most `size` rows at a time; join the tensors."""
-    parts = [function(*part) for part in zip(*(x.split(size) for x in columns))]
+def in_parts(args: Args, function: Callable, *columns: Tensor) -> list[Tensor]:
+    """Call a function on `micro_batch_size` rows at a time; join the tensors that it returns."""
+    parts = [function(*part) for part in zip(*(x.split(args.micro_batch_size) for x in columns))]
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
@@ -427,11 +400,10 @@ def action_mask(responses: Tensor, pad: int) -> Tensor:
     return responses != pad
 
 
-@torch.no_grad()
 def generate(
-    args: Args, policy: Transformer, prompts: Tensor, generator: Generator | None
+    args: Args, policy: Transformer, generator: Generator, prompts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Answer prompts (B, P), greedily if no `generator`; return tokens and log pi, both (B, R)."""
+    """Sample answers to prompts (B, P), top-k off (N details); return them and log pi, (B, R)."""
     pad, eos = policy.tokenizer.pad, policy.tokenizer.eos
     responses = prompts.new_full((len(prompts), args.max_new_tokens), pad)
     log_probs = torch.zeros(responses.shape, device=prompts.device)
@@ -439,11 +411,9 @@ def generate(
     cache: dict = {}
     new = prompts  # the tokens that the cache does not know yet
     for t in range(args.max_new_tokens):
-        log_pi = policy.log_softmax(policy(new, cache)[:, -1], args.temperature)
-        weights = log_pi.exp()
-        if generator is not None:  # a sample of all words: top-k 0, top-p 1 (N details)
-            weights = weights / torch.empty_like(weights).exponential_(generator=generator)
-        token = weights.argmax(-1, keepdim=True)  # (B, 1)
+        log_pi = policy.log_softmax(policy(new, cache)[:, -1])
+        noise = torch.empty_like(log_pi).exponential_(generator=generator)
+        token = (log_pi.exp() / noise).argmax(-1, keepdim=True)  # (B, 1)
         log_probs[:, t : t + 1] = torch.where(running, log_pi.gather(-1, token), 0.0)
         new = responses[:, t : t + 1] = torch.where(running, token, pad)
         running = running & (token != eos)
@@ -454,15 +424,11 @@ def generate(
     return responses, log_probs
 
 
-def answer(
-    args: Args, task: Task, policy: Transformer, texts: list[str], generator: Generator | None
-) -> Rollout:
+def answer(args: Args, policy: Transformer, texts: list[str], generator: Generator) -> Rollout:
     """Answer prompts given as texts."""
-    tokenizer, device = task.tokenizer, policy.head.weight.device
+    tokenizer, device = policy.tokenizer, policy.head.weight.device
     prompts = tokenizer.block(map(tokenizer.encode, texts), True, device)
-    responses, log_probs = in_parts(
-        args.micro_batch_size, lambda some: generate(args, policy, some, generator), prompts
-    )
+    responses, log_probs = in_parts(args, partial(generate, args, policy, generator), prompts)
     mask = action_mask(responses, tokenizer.pad)
     longest = mask.sum(1).max()
     responses, log_probs, mask = (x[:, :longest] for x in (responses, log_probs, mask))
@@ -470,21 +436,6 @@ def answer(
     rows, lengths = responses.tolist(), (mask.sum(1) - ended.int()).tolist()
     answers = [tokenizer.decode(row[:length]) for row, length in zip(rows, lengths)]
     return Rollout(texts, answers, prompts, responses, log_probs, mask, ended)
-
-
-def log_probs_of(args: Args, model: Transformer, rollout: Rollout) -> Tensor:
-    """Return log pi of a rollout's responses under a model, (B, R), without a gradient."""
-    read = partial(model.log_prob_and_entropy, temperature=args.temperature)
-    return in_parts(args.micro_batch_size, read, rollout.prompts, rollout.responses)[0]
-
-
-def steps_of(stage: str, steps: Iterable, run: Run) -> Iterator:
-    """Yield the steps of a stage behind a progress bar. Ctrl-C ends the run here."""
-    for step in tqdm(steps, stage, disable=None):
-        if run.stopped:
-            again = f", which --resume {run.folder} restarts" if run.folder else ""
-            raise UserError(f"stopped in the stage {stage}{again}")
-        yield step
 
 
 def descend(optimizer: Optimizer, args: Args) -> Tensor:
@@ -502,27 +453,28 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
     tokenizer = task.tokenizer
     model = make_model(args, task, scalar=False).to(run.device)
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
-    for step in steps_of("SFT", range(args.sft_steps), run):
+    for step in tqdm(range(args.sft_steps), "SFT", disable=None):
+        if run.stopped:
+            raise UserError(f"stopped in the stage SFT: --resume {run.folder} restarts it")
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1.0 - step / args.sft_steps)
         texts = task.prompts(args.sft_batch_size, rng)
         replies = [[*tokenizer.encode(task.demonstration(x, rng)), tokenizer.eos] for x in texts]
         prompts = tokenizer.block(map(tokenizer.encode, texts), True, run.device)
         responses = tokenizer.block(replies, False, run.device)
-        mask = action_mask(responses, tokenizer.pad)
-        log_probs, _ = model.log_prob_and_entropy(prompts, responses, 1.0)
-        loss = -log_probs[mask].sum() / mask.sum()
+        log_probs, _ = model.log_prob_and_entropy(prompts, responses)
+        loss = -log_probs[action_mask(responses, tokenizer.pad)].mean()
         loss.backward()
         descend(optimizer, args)
         if step % 25 == 24:
             run.writer.add_scalars("sft/loss", {"stage_1": loss.item()}, step + 1)
         if step % 25 == 24 and not task.learned:
             texts = task.prompts(512, rng)
-            answers = answer(args, task, model, texts, generator).answers
+            answers = answer(args, model, texts, generator).answers
             accuracy = np.mean(task.gold_scores(texts, answers))
             run.writer.add_scalars("sft/accuracy", {"stage_1": accuracy}, step + 1)
             if accuracy > args.sft_accuracy:
                 break  # something is left for PPO to learn
-    return model.requires_grad_(False)
+    return model
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -530,26 +482,22 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def read_scores(
-    args: Args, task: Task, model: Transformer, prompts: list[str], responses: list[str]
-) -> Tensor:
+def read_scores(args: Args, model: Transformer, prompts: list[str], responses: list[str]) -> Tensor:
     """Return a reward model's scores (B,): its output at EOS (N details)."""
-    encode, eos = task.tokenizer.encode, task.tokenizer.eos
+    encode, eos = model.tokenizer.encode, model.tokenizer.eos
     rows = [[*encode(prompt), *encode(reply), eos] for prompt, reply in zip(prompts, responses)]
-    tokens = task.tokenizer.block(rows, True, model.head.weight.device)
+    tokens = model.tokenizer.block(rows, True, model.head.weight.device)
     # Padding on the left puts every EOS last.
     return torch.cat([model(some)[:, -1, 0] for some in tokens.split(args.micro_batch_size)])
 
 
-def train_reward_model(
-    args: Args, task: Task, run: Run, reference: Transformer
-) -> tuple[Transformer, Tensor]:
-    """Return a model of a judge's taste; its accuracy and its correlation with gold."""
+def train_reward_model(args: Args, task: Task, run: Run, models: Models) -> Transformer:
+    """Return a model of a judge's taste."""
     rng, generator = streams(args, 2, run.device)
-    model = make_model(args, task, scalar=True, trunk=reference).to(run.device)
+    model = make_model(args, task, scalar=True, trunk=models.reference).to(run.device)
     held_out = max(args.rm_pairs // 4, 16)
     texts = task.prompts(2 * (args.rm_pairs + held_out), rng)  # more than needed: some will tie
-    answers = answer(args, task, reference, texts * 2, generator).answers
+    answers = answer(args, models.reference, texts * 2, generator).answers
     pairs = []  # of which a noisy judge prefers the second text to the third; ties are skipped
     for text, a, b in zip(texts, answers, answers[len(texts) :]):
         margin = task.gold(text, a) - task.gold(text, b)
@@ -562,14 +510,16 @@ def train_reward_model(
 
     def compare(some_pairs: list[tuple[str, str, str]]) -> tuple[Tensor, ...]:
         texts, chosen, rejected = map(list, zip(*some_pairs))
-        return read_scores(args, task, model, texts * 2, chosen + rejected).chunk(2)
+        return read_scores(args, model, texts * 2, chosen + rejected).chunk(2)
 
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
     orders = [torch.as_tensor(rng.permutation(len(pairs))) for _ in range(args.rm_epochs)]
     batches = [rows for order in orders for rows in order.split(args.rm_batch_size)]
-    for step in steps_of("reward model", range(len(batches)), run):
+    for step, rows in enumerate(tqdm(batches, "reward model", disable=None)):
+        if run.stopped:
+            raise UserError(f"stopped in the stage reward model: --resume {run.folder} restarts it")
         optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1.0 - step / len(batches))
-        loss = bradley_terry_loss(*compare([pairs[i] for i in batches[step].tolist()]))
+        loss = bradley_terry_loss(*compare([pairs[i] for i in rows.tolist()]))
         loss.backward()
         descend(optimizer, args)
         if step % 25 == 24:
@@ -580,19 +530,20 @@ def train_reward_model(
     if accuracy < args.rm_min_accuracy:  # PPO would exploit the model's errors
         raise UserError(f"--rm-min-accuracy: only {accuracy:.2f}, raise --rm-pairs or --sft-steps")
     texts = task.prompts(512, rng)
-    answers = answer(args, task, reference, texts, generator).answers
-    scores = read_scores(args, task, model, texts, answers)
+    answers = answer(args, models.reference, texts, generator).answers
+    scores = read_scores(args, model, texts, answers)
     if not 0.0 < scores.std() < torch.inf:
         raise UserError("the reward model is constant or not finite: lower --rm-learning-rate")
     correlation = np.nan_to_num(np.corrcoef(scores.cpu(), task.gold_scores(texts, answers))[0, 1])
     # Mean 0 and standard deviation 1 on the reference's answers (N details) give beta a scale.
     model.head.bias.sub_(scores.mean()).div_(scores.std())
     model.head.weight.div_(scores.std())
-    return model, torch.tensor([accuracy, correlation], dtype=torch.float64)
+    models.reward_model_quality.copy_(torch.tensor([accuracy, correlation]))
+    return model
 
 
-def score_answers(args: Args, reward_fn: RewardFunction, rollout: Rollout) -> Tensor:
-    """Return scores (B,): the reward of each answer, less a penalty where EOS is missing."""
+def score_answers(args: Args, reward_fn: Callable, rollout: Rollout) -> Tensor:
+    """Return scores (B,): `reward_fn(prompts, answers)` less a penalty where EOS is missing."""
     rewards, ended = reward_fn(rollout.texts, rollout.answers), rollout.ended
     scores = torch.as_tensor(rewards, dtype=torch.float32).detach().to(ended.device)
     if scores.shape != ended.shape or not scores.isfinite().all():
@@ -603,8 +554,7 @@ def score_answers(args: Args, reward_fn: RewardFunction, rollout: Rollout) -> Te
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Return an estimate of KL(policy, reference) in nats from each sampled token.
 
-    As a reward only k1 has the gradient of the KL; in the loss only k2 has it. In the loss k3 has
-    the gradient of KL(reference, policy).
+    As a reward only k1 has its gradient; in the loss k2 has it, k3 that of KL(reference, policy).
     """
     log_ratio = log_probs - ref_log_probs
     if estimator == "k2":
@@ -683,7 +633,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss to minimise, minus PPO's eq. 9, and what to log of it."""
-    log_probs, entropies, values = models.read(batch.prompts, batch.responses, args.temperature)
+    log_probs, entropies, values = models.read(batch.prompts, batch.responses)
     # The places of the actions keep the padding out. A GPU waits here once, at each x[mask] again.
     at = batch.mask.nonzero(as_tuple=True)
     log_probs, entropies, values = log_probs[at], entropies[at], values[at]  # each (M,)
@@ -714,10 +664,7 @@ def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str
 
 
 def update(models: Models, args: Args, optimizer: Optimizer, minibatch: Batch) -> dict[str, Tensor]:
-    """Take one step on a minibatch; return what to log of it.
-
-    Its gradient is the sum of those of its micro-batches (gradient accumulation).
-    """
+    """Take one step down the sum of the micro-batches' gradients; return what to log of it."""
     stats: dict[str, Any] = {}
     for columns in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
         part = Batch(*columns)
@@ -728,7 +675,7 @@ def update(models: Models, args: Args, optimizer: Optimizer, minibatch: Batch) -
     return stats | {"grad_norm": descend(optimizer, args)}
 
 
-def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunction) -> None:
+def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -> None:
     """Train the policy, which starts as the reference, and the value model, if any."""
     group_size = args.group_size if args.baseline == "group" else 1
     for iteration in range(run.iteration, args.num_iterations):
@@ -740,14 +687,13 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
         # ---- [1] Rollout: the policy answers prompts, token by token ----------------------------
         texts = task.prompts(args.batch_size // group_size, run.shuffling)
         texts = [text for text in texts for _ in range(group_size)]
-        rollout = answer(args, task, models.policy, texts, run.sampling)
+        rollout = answer(args, models.policy, texts, run.sampling)
         prompts, responses, mask = rollout.prompts, rollout.responses, rollout.mask
 
         # ---- [2] Score: one number for each answer, at its EOS; every token pays for its KL -----
         scores = score_answers(args, reward_fn, rollout)  # (B,)
-        read = partial(models.read, temperature=args.temperature)
-        log_probs, _, values = in_parts(args.micro_batch_size, read, prompts, responses)  # (B, R)
-        ref_log_probs = log_probs_of(args, models.reference, rollout)
+        log_probs, _, values = in_parts(args, models.read, prompts, responses)  # each (B, R)
+        ref_log_probs, _ = in_parts(args, models.reference.log_prob_and_entropy, prompts, responses)
         price = kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
         price_coef = 0.0 if args.kl_in_loss else args.kl_coef
         rewards = token_rewards(scores, price, mask, price_coef)
@@ -760,15 +706,10 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             rewards, gae_lambda = token_rewards(scores_within, price, mask, price_coef), 1.0
         total = rewards.sum(1, keepdim=True)  # (B, 1)
         values = torch.where(mask, values, 0.0)
+        next_values = F.pad(values[:, 1:], (0, 1))
         ends = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last action; a cut-off answer ends as well
         advantages, returns = gae(  # takes time first, hence .T
-            rewards=rewards.T,
-            values=values.T,
-            next_values=F.pad(values[:, 1:], (0, 1)).T,
-            terminated=ends.T,
-            done=ends.T,
-            gamma=args.gamma,
-            gae_lambda=gae_lambda,
+            rewards.T, values.T, next_values.T, ends.T, ends.T, args.gamma, gae_lambda
         )
         advantages, returns = advantages.T, returns.T
         if args.credit == "response":  # a bandit: the answer is one action, valued before it
@@ -810,41 +751,36 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: RewardFunct
             break
 
 
-@torch.no_grad()
 def evaluate(
-    args: Args, task: Task, run: Run, models: Models, policy: Transformer, score: RewardFunction
+    args: Args, task: Task, run: Run, models: Models, policy: Transformer, score: Callable
 ) -> dict[str, float]:
     """Let a model answer fresh prompts; print some answers, return means over all of them."""
     rng, generator = streams(args, 4, run.device)
     prompts = task.prompts(args.eval_prompts, rng, held_out=True)
-    greedy, rollout = (
-        answer(args, task, policy, prompts, sampling)
-        for sampling in steps_of("evaluation", (None, generator), run)
-    )
+    rollout = answer(args, policy, prompts, generator)
+    if run.stopped:
+        raise UserError("stopped in the evaluation")
     for text, reply in zip(prompts[:4], rollout.answers):
         experiment.say(f"    {text} {reply}")
-    log_pi, log_ref = (log_probs_of(args, x, rollout) for x in (policy, models.reference))
-    kl = torch.where(rollout.mask, log_pi - log_ref, 0.0).sum(1)
+    read = models.reference.log_prob_and_entropy
+    ref_log_probs, _ = in_parts(args, read, rollout.prompts, rollout.responses)
+    kl = torch.where(rollout.mask, rollout.log_probs - ref_log_probs, 0.0).sum(1)
     return {
         "gold": np.mean(task.gold_scores(prompts, rollout.answers)).item(),
         "proxy": score_answers(args, score, rollout).mean().item(),
-        "grammatical": np.mean(list(map(task.grammatical, rollout.answers))).item(),
-        "greedy_gold": np.mean(task.gold_scores(prompts, greedy.answers)).item(),
         "kl": kl.mean().item(),
         "length": rollout.mask.sum(1).float().mean().item(),
         "eos_rate": rollout.ended.float().mean().item(),
-        "distinct": len(set(rollout.answers)) / len(prompts),
     }
 
 
 def train(
-    args: Args, reward_fn: RewardFunction | None = None, on_iteration: Callable | None = None
+    args: Args, reward_fn: Callable | None = None, on_iteration: Callable | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
     """Run the stages, PPO on a `reward_fn` of yours if given; return policy and results.
 
     `on_iteration(step, metrics)` is called after each iteration of PPO; True ends the training.
     """
-    args.check()
     task = find_task(args.task)
     for name in ("num_iterations", "batch_size", "update_epochs", "sft_steps"):
         if getattr(args, name) is None:
@@ -852,6 +788,7 @@ def train(
     with Run(args, on_iteration) as run:
         if experiment.world_size() > 1:
             raise UserError("this script runs in one process: start it without torchrun")
+        args.check_range("context_size", task.prompt_size + args.max_new_tokens + 1)  # and an EOS
         models = Models(args, task, learned=task.learned and reward_fn is None).to(run.device)
         if args.load_models is not None:
             models.take(args)
@@ -865,19 +802,18 @@ def train(
 
         # ---- Stage 1: the reference, which is also the first policy ----------------------------
         if models.stages_done < 1:
-            models.reference = sft(args, task, run)
+            models.reference.load_state_dict(sft(args, task, run).state_dict())
             models.stages_done.fill_(1)
             run.save()
 
         # ---- Stage 2: the reward model, unless the reward is known ------------------------------
         if models.reward_model is not None and models.stages_done < 2:
-            models.reward_model, quality = train_reward_model(args, task, run, models.reference)
-            models.reward_model_quality.copy_(quality)
+            models.reward_model = train_reward_model(args, task, run, models)
             models.stages_done.fill_(2)
             run.save()
-        score: RewardFunction = reward_fn or task.gold_scores
+        score = reward_fn or task.gold_scores
         if models.reward_model is not None:
-            score = partial(read_scores, args, task, models.reward_model)
+            score = partial(read_scores, args, models.reward_model)
 
         # ---- Stage 3: PPO ----------------------------------------------------------------------
         if models.stages_done < 3:
@@ -889,7 +825,6 @@ def train(
                     first = models.reward_model  # it can tell good from bad (N details)
                 models.value.load_state_dict(first.state_dict())
             models.stages_done.fill_(3)
-            run.save()
         ppo(args, task, run, models, score)
         stopped, run.stopped = run.stopped or None, ""  # another signal ends the evaluation
         if stopped:
@@ -903,13 +838,10 @@ def train(
         experiment.say(f"{args.eval_prompts} fresh prompts        SFT       PPO")
         for name in after:
             experiment.say(f"    {name:16}{before[name]:10.3f}{after[name]:10.3f}")
-        results = {"task": args.task, "seed": args.seed, "kl_coef": args.kl_coef}
-        results |= {"run_dir": str(run.folder or args.evaluate), "stopped": stopped}
+        results: dict[str, Any] = {"run_dir": str(run.folder or args.evaluate), "stopped": stopped}
         results |= {f"sft_{name}": x for name, x in before.items()} | after
         if models.reward_model is not None:
             results["rm_accuracy"], results["rm_correlation"] = models.reward_model_quality.tolist()
-        if task is TASKS["arithmetic"]:
-            results = {name.replace("gold", "accuracy"): x for name, x in results.items()}
         run.write_results(results)
         return models.policy, results
 

@@ -8,6 +8,7 @@ A run is one process and one line of rlhf.csv. The runs' folders stay under --ru
 with the reward model of its seed's default run.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +16,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 import tyro
 
+import ppo_rlhf_toy as toy
 from benchmarks import figures
 from benchmarks.jobs import ROOT, Finished, Job, Shared, commit, launch, read, run_jobs
-from benchmarks.rlhf_optimum import optimum_of
+from benchmarks.rlhf_optimum import load, optimum_of
 
 SCRIPT = "ppo_rlhf_toy.py"
-# Of results.json; a task leaves empty what it has no measure of.
+# Of results.json and `measures_of`; a task leaves empty what it has no measure of.
 MEASURES = """task seed kl_coef sft_gold sft_grammatical sft_greedy_gold rm_accuracy rm_correlation
 gold proxy grammatical greedy_gold kl length eos_rate distinct optimum_share sft_accuracy
 sft_greedy_accuracy accuracy greedy_accuracy wall_seconds""".split()
+GRAMMARS = {"reviews": toy.Reviews.grammar, "arithmetic": re.compile("0|[1-9][0-9]*")}
 RUNS = ROOT / "runs" / "benchmark-rlhf"
 
 
@@ -68,12 +73,34 @@ class RlhfRun:
     def line(self, runs: Path, core: object = None) -> dict[str, object]:
         """Train and return the table's line."""
         at, run = commit(), self.train(runs, core)
-        share, _ = optimum_of(Path(run.results["run_dir"]))
-        line = {name: (run.results | {"optimum_share": share}).get(name) for name in MEASURES}
+        folder = Path(run.results["run_dir"])
+        args, *_ = load(folder)
+        measured = {"task": self.task, "seed": self.seed, "kl_coef": args.kl_coef}
+        measured |= run.results | measures_of(folder) | {"optimum_share": optimum_of(folder)[0]}
+        if self.task == "arithmetic":
+            measured = {name.replace("gold", "accuracy"): x for name, x in measured.items()}
+        line = {name: measured.get(name) for name in MEASURES}
         line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
         errors = [float(row["losses/first_ratio_error"]) for row in run.metrics]
         line["first_ratio_error"] = float(f"{max(errors):.2g}")
         return line | {"flags": " ".join(self.flags), "torch": version("torch"), "commit": at}
+
+
+def measures_of(folder: Path) -> dict[str, float]:
+    """Return what the script leaves out, of the answers that it evaluated and of greedy ones."""
+    args, task, models = load(folder)
+    measures = {}
+    for prefix, model in (("sft_", models.reference), ("", models.policy)):
+        rng, generator = toy.streams(args, 4, torch.device("cpu"))
+        prompts = task.prompts(args.eval_prompts, rng, held_out=True)
+        answers = toy.answer(args, model, prompts, generator).answers
+        model.temperature = 1e-6  # the likeliest word every time
+        greedy = toy.answer(args, model, prompts, generator).answers
+        grammatical = [GRAMMARS[args.task].fullmatch(x) is not None for x in answers]
+        measures[f"{prefix}grammatical"] = float(np.mean(grammatical))
+        measures[f"{prefix}distinct"] = len(set(answers)) / len(answers)
+        measures[f"{prefix}greedy_gold"] = float(np.mean(task.gold_scores(prompts, greedy)))
+    return measures
 
 
 def wanted(args: Args) -> Iterator[RlhfRun]:

@@ -9,11 +9,11 @@ wrapped.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import tyro
@@ -31,9 +31,9 @@ def count_padding(forward: Callable, model, tokens, cache=None):
         return forward(model, tokens, cache)
 
 
-def read_early(read_scores: Callable, args, task, model, *texts):
+def read_early(read_scores: Callable, args, model, *texts):
     with model.register_forward_hook(lambda _, __, output: output[:, :-1]):
-        return read_scores(args, task, model, *texts)
+        return read_scores(args, model, *texts)
 
 
 def default_scalar_head(make_model: Callable, args, task, scalar, trunk=None):
@@ -47,18 +47,19 @@ def scores_as_learned(train_reward_model: Callable, *args):
     """Give the head back what it was when it last scored answers, to be normalised by them."""
     heads = []
 
-    def read_scores(original: Callable, args, task, model, *texts):
+    def read_scores(original: Callable, args, model, *texts):
         heads.append(copy.deepcopy(model.head))
-        return original(args, task, model, *texts)
+        return original(args, model, *texts)
 
     with wrapped(toy, {"read_scores": read_scores}):
-        model, quality = train_reward_model(*args)
+        model = train_reward_model(*args)
     model.head = heads[-1]
-    return model, quality
+    return model
 
 
-def sampled_at_07(generate: Callable, args, *rest):
-    return generate(dataclasses.replace(args, temperature=0.7), *rest)
+def sampled_at_07(generate: Callable, args, policy, *rest):
+    with mock.patch.object(policy, "temperature", 0.7):
+        return generate(args, policy, *rest)
 
 
 def eos_is_no_action(ppo: Callable, args, task, *rest):

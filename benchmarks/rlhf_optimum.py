@@ -19,15 +19,13 @@ import ppo_rlhf_toy as rlhf
 
 
 @torch.no_grad()
-def rate(
-    args: rlhf.Args, task: rlhf.Task, sampler, models: tuple, reward_fn, texts: list[str], generator
-) -> Tensor:
+def rate(args: rlhf.Args, sampler, models: tuple, reward_fn, texts: list[str], generator) -> Tensor:
     """Return scores of a model's answers, and their log pi under each of the models: (1 + N, B)."""
     parts = []
     size = args.micro_batch_size
     for i in range(0, len(texts), size):
-        rollout = rlhf.answer(args, task, sampler, texts[i : i + size], generator)
-        read = (rollout.prompts, rollout.responses, args.temperature)
+        rollout = rlhf.answer(args, sampler, texts[i : i + size], generator)
+        read = (rollout.prompts, rollout.responses)
         densities = [model.log_prob_and_entropy(*read)[0] for model in models]
         log_pi = [torch.where(rollout.mask, x, 0.0).sum(1) for x in densities]
         parts.append(torch.stack([rlhf.score_answers(args, reward_fn, rollout), *log_pi]))
@@ -46,7 +44,7 @@ def known_optimum(
     beta, (rng, generator) = args.kl_coef, rlhf.streams(args, 5, policy.head.weight.device)
     texts = [x for x in task.prompts(prompts, rng, held_out=True) for _ in range(32)]
     rows = [
-        rate(args, task, model, (policy, reference), reward_fn, texts, generator)
+        rate(args, model, (policy, reference), reward_fn, texts, generator)
         for model in (policy, reference)
     ]
     # Each (prompts, 64): a row for each prompt, the policy's 32 samples before the reference's.
@@ -58,18 +56,24 @@ def known_optimum(
     return ((reached - start) / (best - start)).item(), ((best - reached) / beta).item()
 
 
-def optimum_of(folder: Path) -> tuple[float | None, float | None]:
-    """Return what `known_optimum` says of a finished run, None if its beta had no optimum."""
+def load(folder: Path) -> tuple[rlhf.Args, rlhf.Task, rlhf.Models]:
+    """Return the flags, the task and the models of a run."""
     saved, args = experiment.load_checkpoint(folder, rlhf.Args)
-    if args.kl_coef == 0.0:
-        return None, None
     task = rlhf.TASKS[args.task]  # a folder's own task is not imported
     models = rlhf.Models(args, task, learned=task.learned)
     models.load_state_dict(saved["agent"])
+    torch.set_num_threads(1)
+    return args, task, models
+
+
+def optimum_of(folder: Path) -> tuple[float | None, float | None]:
+    """Return what `known_optimum` says of a finished run, None if its beta had no optimum."""
+    args, task, models = load(folder)
+    if args.kl_coef == 0.0:
+        return None, None
     score = task.gold_scores
     if task.learned:
-        score = partial(rlhf.read_scores, args, task, models.reward_model)
-    torch.set_num_threads(1)
+        score = partial(rlhf.read_scores, args, models.reward_model)
     return known_optimum(args, task, models.policy, models.reference, score)
 
 

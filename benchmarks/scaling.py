@@ -268,7 +268,8 @@ def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
     for i in range(2 * repeats):  # taking turns, so that both see the same noise
         with jobs.wrapped(toy, {"Transformer.forward": without_cache} if i % 2 else {}):
             start = time.process_time()
-            toy.generate(args, model, prompts, generator)
+            with torch.no_grad():
+                toy.generate(args, model, generator, prompts)
             rate = batch_size * length / (time.process_time() - start)
         best[i % 2] = max(best[i % 2], rate)
     return best

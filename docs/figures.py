@@ -169,13 +169,13 @@ def answer(run_dir: Path) -> None:
     policy, reference = models.policy, models.reference
     texts = ["pool :", "staff bath :"]  # of different length, so that there is padding
     generator = torch.Generator().manual_seed(1)
-    rollout = rlhf.answer(args, task, policy, texts, generator)
+    rollout = rlhf.answer(args, policy, texts, generator)
     prompts, responses = rollout.prompts, rollout.responses
-    reward_fn = functools.partial(rlhf.read_scores, args, task, models.reward_model)
+    reward_fn = functools.partial(rlhf.read_scores, args, models.reward_model)
     scores = rlhf.score_answers(args, reward_fn, rollout)
     mask = rollout.mask
-    log_probs, _, values = models.read(prompts, responses, args.temperature)
-    ref_log_probs, _ = reference.log_prob_and_entropy(prompts, responses, args.temperature)
+    log_probs, _, values = models.read(prompts, responses)
+    ref_log_probs, _ = reference.log_prob_and_entropy(prompts, responses)
     values = torch.where(mask, values, 0.0)
     kl = rlhf.kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
     rewards = rlhf.token_rewards(scores, kl, mask, args.kl_coef)

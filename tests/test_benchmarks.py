@@ -197,7 +197,7 @@ def test_changes_of_the_models_of_rlhf() -> None:
             model = toy.make_model(TINY, task, scalar=True)
             torch.nn.init.ones_(model.position.weight[3])
             alone, padded = model(tokens[1:, -2:])[0], model(tokens)[1, -2:]
-            score = toy.read_scores(TINY, task, model, ["pool :"], ["good"])
+            score = toy.read_scores(TINY, model, ["pool :"], ["good"])
             read = model(block([[*encode("pool : good"), 1]], True, "cpu"))[:, -1, 0]
             again = torch.equal(model(tokens), model(tokens))
             return [again, alone.allclose(padded), score.allclose(read), not model.head.bias.any()]
@@ -212,16 +212,22 @@ def test_changes_of_the_models_of_rlhf() -> None:
 def test_changes_of_the_loop_of_rlhf(tmp_path: Path) -> None:
     """All of them at once, but for one that leaves the whitening out."""
     args, toy = dataclasses.replace(TINY, run_dir=tmp_path / "run"), ppo_rlhf_toy
-    apart = "advantages not whitened"
+    apart, generate, temperatures = "advantages not whitened", toy.generate, set()
+
+    def noted(args, policy, *rest):
+        temperatures.add(policy.temperature)
+        return generate(args, policy, *rest)
+
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         # What so few steps teach is worth nothing, and the judge tells nothing apart.
         patch.setattr(toy.Reviews, "gold", lambda _, __, response: len(response) % 97 / 97)
-        names = "token_rewards masked_whiten generate kl_penalty ppo_loss".split()
-        rewards, whitened, generated, kl, losses = (spy(patch, name, toy) for name in names)
+        patch.setattr(toy, "generate", noted)
+        names = "token_rewards masked_whiten kl_penalty ppo_loss".split()
+        rewards, whitened, kl, losses = (spy(patch, name, toy) for name in names)
         change_script(stack, toy, *(c.name for c in rlhf_details.CHANGES if c.name != apart))
         toy.train(args)
     assert rewards[0].kl.equal(-kl[0].result)
-    assert {x.args.temperature for x in generated} == {0.7}
+    assert temperatures == {0.7}
     mask, ends = losses[0].batch.mask, losses[0].batch.responses == toy.Tokenizer.eos
     assert ends.any() and not (mask & ends & (mask.sum(1, keepdim=True) > 1)).any()
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shutil
 import signal
 import sys
@@ -23,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import experiment
 import ppo_rlhf_toy as rlhf
+from benchmarks.rlhf import GRAMMARS
 from benchmarks.rlhf_optimum import known_optimum
 from ppo_rlhf_toy import Args, UserError
 from tests.helpers import StopAfter, read_metrics, run_main, spy
@@ -71,6 +71,7 @@ def flags_of(args: Args) -> str:
 def random_model(args: Args, task: rlhf.Task, scalar: bool = False, seed: int = 0):
     torch.manual_seed(seed)
     model = rlhf.make_model(args, task, scalar)
+    model.temperature = args.temperature
     for parameter in model.parameters():  # away from zero biases and unit gains
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.requires_grad_(False)
@@ -81,7 +82,7 @@ def sampled(args: Args, count: int = 24, seed: int = 0) -> tuple:
     policy = random_model(args, REVIEWS, seed=seed)
     policy.head.bias[EOS] += 2.0
     rng, generator = rlhf.streams(args, 9, CPU)
-    rollout = rlhf.answer(args, REVIEWS, policy, REVIEWS.prompts(count, rng), generator)
+    rollout = rlhf.answer(args, policy, REVIEWS.prompts(count, rng), generator)
     assert len({len(text.split()) for text in rollout.texts}) > 1
     assert len(set(rlhf.action_mask(rollout.responses, PAD).sum(1).tolist())) > 3
     return policy, rollout
@@ -115,8 +116,7 @@ def test_forward_with_cache_equals_the_full_pass() -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[real], full[real], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("seed", [None, 5])
-def test_generate_without_cache_gives_the_same_answers(seed, monkeypatch) -> None:
+def test_generate_without_cache_gives_the_same_answers(monkeypatch) -> None:
     args = Args()
     policy, rollout = sampled(args)
     forward, read = rlhf.Transformer.forward, []
@@ -132,8 +132,8 @@ def test_generate_without_cache_gives_the_same_answers(seed, monkeypatch) -> Non
     for patched in (False, True):
         if patched:
             monkeypatch.setattr(rlhf.Transformer, "forward", without_cache)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        answers.append(rlhf.generate(args, policy, rollout.prompts, generator))
+        generator = torch.Generator().manual_seed(5)
+        answers.append(rlhf.generate(args, policy, generator, rollout.prompts))
     assert torch.equal(answers[0][0], answers[1][0])
     torch.testing.assert_close(answers[0][1], answers[1][1], atol=1e-5, rtol=0)
     assert set(read[1:]) == {1}  # after the prompt one token a step
@@ -141,14 +141,14 @@ def test_generate_without_cache_gives_the_same_answers(seed, monkeypatch) -> Non
 
 def test_padding_left_or_right_changes_nothing() -> None:
     policy, rollout = sampled(Args())
-    batched, entropy = policy.log_prob_and_entropy(rollout.prompts, rollout.responses, 1.0)
+    batched, entropy = policy.log_prob_and_entropy(rollout.prompts, rollout.responses)
     for i, text in enumerate(rollout.texts):
         length = int(rlhf.action_mask(rollout.responses, PAD)[i].sum())
         prompt, response = (
             torch.tensor([REVIEWS.tokenizer.encode(text)]),
             rollout.responses[i : i + 1],
         )
-        alone = policy.log_prob_and_entropy(prompt, response[:, :length], 1.0)
+        alone = policy.log_prob_and_entropy(prompt, response[:, :length])
         torch.testing.assert_close(batched[i, :length], alone[0][0], atol=1e-5, rtol=0)
         torch.testing.assert_close(entropy[i, :length], alone[1][0], atol=1e-5, rtol=0)
 
@@ -167,7 +167,7 @@ def test_pad_embedding_and_later_words_are_not_seen() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_log_probs_at_sampling_are_the_recomputed_ones(temperature: float) -> None:
     policy, (_, _, prompts, responses, log_probs, *_) = sampled(Args(temperature=temperature))
-    again, _ = policy.log_prob_and_entropy(prompts, responses, temperature)
+    again, _ = policy.log_prob_and_entropy(prompts, responses)
     again = torch.where(rlhf.action_mask(responses, PAD), again, 0.0)
     torch.testing.assert_close(log_probs, again, atol=1e-5, rtol=0)
 
@@ -175,7 +175,7 @@ def test_log_probs_at_sampling_are_the_recomputed_ones(temperature: float) -> No
 def test_log_softmax_divides_by_the_temperature_and_excludes_padding() -> None:
     logits = torch.tensor([[3.0, 0.0, 1.0, 2.0]])  # PAD, EOS and two words
     expected = F.log_softmax(logits[:, 1:] / 0.5, -1)
-    log_pi = random_model(tiny(), REVIEWS).log_softmax(logits, 0.5)
+    log_pi = random_model(tiny(temperature=0.5), REVIEWS).log_softmax(logits)
     torch.testing.assert_close(log_pi[:, 1:], expected)
     assert log_pi[0, PAD] < -1e8
 
@@ -184,7 +184,7 @@ def test_generate_samples_with_the_softmax_at_the_temperature() -> None:
     args = Args(max_new_tokens=1, temperature=0.5)
     policy = random_model(args, REVIEWS)
     prompts = torch.tensor([REVIEWS.tokenizer.encode("pool :")]).expand(20_000, -1)
-    words, _ = rlhf.generate(args, policy, prompts, torch.Generator().manual_seed(0))
+    words, _ = rlhf.generate(args, policy, torch.Generator().manual_seed(0), prompts)
     frequency = torch.bincount(words[:, 0], minlength=len(policy.head.bias)) / len(words)
     expected = F.softmax(policy(prompts[:1])[0, -1, 1:] / 0.5, -1)
     torch.testing.assert_close(frequency[1:], expected, atol=0.015, rtol=0)
@@ -200,11 +200,12 @@ def test_responses_end_with_eos_and_then_pad() -> None:
 
 def test_answer_in_parts_of_512_keeps_prompts_and_answers_together() -> None:
     args = Args(max_new_tokens=6)
-    policy = random_model(args, REVIEWS)
+    policy, generator = random_model(args, REVIEWS), torch.Generator()
+    policy.temperature = 1e-6  # the likeliest word every time: one answer a prompt
     texts = ["pool :"] * 512 + ["view food music :"] * 8
-    rollout = rlhf.answer(args, REVIEWS, policy, texts, None)  # greedy: one answer a prompt
+    rollout = rlhf.answer(args, policy, texts, generator)
     for text in set(texts):
-        alone = rlhf.answer(args, REVIEWS, policy, [text], None)
+        alone = rlhf.answer(args, policy, [text], generator)
         assert {rollout.answers[i] for i in range(520) if texts[i] == text} == {alone.answers[0]}
     assert rollout.responses.shape == rollout.log_probs.shape
 
@@ -213,7 +214,7 @@ def test_answer_is_as_wide_as_the_longest_response() -> None:
     args = Args()
     policy, _ = sampled(args)
     policy.head.bias[EOS] += 3.0  # short answers
-    rollout = rlhf.answer(args, REVIEWS, policy, ["pool :"] * 4, torch.Generator().manual_seed(0))
+    rollout = rlhf.answer(args, policy, ["pool :"] * 4, torch.Generator().manual_seed(0))
     longest = max(len(answer.split()) for answer in rollout.answers) + 1
     assert rollout.responses.shape[1] == rollout.log_probs.shape[1] == longest < 24
 
@@ -284,7 +285,7 @@ def test_read_scores_are_those_at_eos() -> None:
     args = Args()
     model = random_model(args, REVIEWS, scalar=True)
     texts, answers = ["pool :", "bath view bed :"], ["the pool was good .", "bad ."]
-    scores = rlhf.read_scores(args, REVIEWS, model, texts, answers)
+    scores = rlhf.read_scores(args, model, texts, answers)
     for text, answer, score in zip(texts, answers, scores):
         tokens = torch.tensor(
             [[*REVIEWS.tokenizer.encode(text), *REVIEWS.tokenizer.encode(answer), EOS]]
@@ -294,11 +295,10 @@ def test_read_scores_are_those_at_eos() -> None:
 
 def test_read_scores_of_the_longest_answer_fit_the_context() -> None:
     args = tiny(context_size=29, max_new_tokens=24)  # and the EOS that a cut-off answer lacks
-    args.check()
     model, longest = random_model(args, REVIEWS, scalar=True), " ".join(["the"] * 24)
-    rlhf.read_scores(args, REVIEWS, model, ["pool view bed :"], [longest])
-    with pytest.raises(UserError, match="context-size"):
-        dataclasses.replace(args, context_size=28).check()
+    rlhf.read_scores(args, model, ["pool view bed :"], [longest])
+    with pytest.raises(UserError, match="context-size 28 must lie between 29 and"):
+        rlhf.train(dataclasses.replace(args, context_size=28))
 
 
 @pytest.mark.parametrize(("clip_vloss", "vf_coef"), [(True, 0.5), (False, 2.0)])
@@ -309,7 +309,7 @@ def test_ppo_loss_equals_the_sum_over_tokens_by_hand(clip_vloss: bool, vf_coef: 
     mask, (B, R) = rlhf.action_mask(responses, PAD), responses.shape
     rng = torch.Generator().manual_seed(0)
     advantages, returns, old_values = torch.randn(3, B, R, generator=rng)
-    log_probs, entropies = models.policy.log_prob_and_entropy(prompts, responses, 1.0)
+    log_probs, entropies = models.policy.log_prob_and_entropy(prompts, responses)
     old_log_probs = log_probs.detach() + 0.2 * torch.randn(B, R, generator=rng)
     batch = rlhf.Batch(
         prompts, responses, mask, old_log_probs, old_log_probs, advantages, returns, old_values
@@ -359,13 +359,13 @@ def test_ppo_loss_equals_the_sum_over_tokens_by_hand(clip_vloss: bool, vf_coef: 
 )
 def test_gold_of_reviews_is_the_share_of_praise(prompt, response, gold, grammatical) -> None:
     assert REVIEWS.gold(prompt, response) == pytest.approx(gold)
-    assert REVIEWS.grammatical(response) == grammatical
+    assert (REVIEWS.grammar.fullmatch(response) is not None) == grammatical
 
 
 def test_gold_of_arithmetic_is_one_for_the_sum_alone() -> None:
     assert ARITHMETIC.gold("27+8=", "35") == 1.0
     assert [ARITHMETIC.gold("27+8=", r) for r in ("34", "035", "", "3 5", "35=")] == [0.0] * 5
-    assert ARITHMETIC.grammatical("35") and not ARITHMETIC.grammatical("035")
+    assert GRAMMARS["arithmetic"].fullmatch("35") and not GRAMMARS["arithmetic"].fullmatch("035")
 
 
 def test_prompts_of_arithmetic_held_out_are_never_trained_on() -> None:
@@ -374,12 +374,12 @@ def test_prompts_of_arithmetic_held_out_are_never_trained_on() -> None:
     assert not shown & held_out and len(shown) + len(held_out) > 9_700
 
 
-@pytest.mark.parametrize("task", rlhf.TASKS.values(), ids=rlhf.TASKS)
-def test_demonstrations_are_grammatical_and_fit(task: rlhf.Task) -> None:
-    rng, args = np.random.default_rng(0), Args()
+@pytest.mark.parametrize("name", rlhf.TASKS)
+def test_demonstrations_are_grammatical_and_fit(name: str) -> None:
+    rng, args, task = np.random.default_rng(0), Args(), rlhf.TASKS[name]
     texts = task.prompts(500, rng)
     demonstrations = [task.demonstration(text, rng) for text in texts]
-    assert all(map(task.grammatical, demonstrations))
+    assert all(map(GRAMMARS[name].fullmatch, demonstrations))
     assert max(len(task.tokenizer.encode(text)) for text in texts) <= task.prompt_size
     lengths = {len(task.tokenizer.encode(text)) + 1 for text in demonstrations}
     assert max(lengths) <= args.max_new_tokens and len(lengths) > 2
@@ -406,11 +406,10 @@ def run_ppo(monkeypatch, tmp_path) -> Callable:
         reward_model: rlhf.Transformer | None = None,
     ) -> SimpleNamespace:
         folder, record = next(folders), StopAfter(RECORD)
-        frozen = copy.deepcopy(reward_model), torch.zeros(2, dtype=torch.float64)
         with monkeypatch.context() as patch:
             patch.setitem(rlhf.TASKS, args.task, task)
             patch.setattr(rlhf, "sft", lambda args, task, run: copy.deepcopy(reference))
-            patch.setattr(rlhf, "train_reward_model", lambda *_: frozen)
+            patch.setattr(rlhf, "train_reward_model", lambda *_: copy.deepcopy(reward_model))
             reward_fn = task.gold_scores if reward_model is None else None
             args = dataclasses.replace(args, run_dir=folder)
             policy, results = rlhf.train(args, reward_fn, record)
@@ -486,8 +485,11 @@ def test_group_baseline_answers_each_prompt_several_times(run_ppo, monkeypatch) 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_ratio_is_one_on_the_first_minibatch(temperature: float, run_ppo) -> None:
     args = tiny(temperature=temperature, num_iterations=3, num_minibatches=1)
-    rows = run_ppo(args, LENGTHS, random_model(args, LENGTHS)).metrics
+    result = run_ppo(args, LENGTHS, random_model(args, LENGTHS))
+    rows = result.metrics
     assert len(rows) == 3
+    # Policy and reference have the temperature of the flag, so they are one at first.
+    assert result.policy.temperature == temperature and abs(rows[0]["objective/kl"]) < 1e-4
     assert max(row["losses/first_ratio_error"] for row in rows) < 1e-4
     assert rows[-1]["losses/approx_kl"] > 1e-6  # the later ones are not 1, so it is not a constant
 
@@ -497,8 +499,10 @@ def test_first_ratio_error_shows_a_fault(fault: str, run_ppo, monkeypatch) -> No
     args, generate, before = tiny(num_iterations=1), rlhf.generate, rlhf.Transformer.before
     if fault == "another temperature":
 
-        def colder(args, *rest):
-            return generate(dataclasses.replace(args, temperature=0.7), *rest)
+        def colder(args, policy, *rest):
+            with monkeypatch.context() as patch:
+                patch.setattr(policy, "temperature", 0.7)
+                return generate(args, policy, *rest)
 
         monkeypatch.setattr(rlhf, "generate", colder)
     else:
@@ -566,7 +570,7 @@ def test_sft_lowers_the_loss_on_demonstrations() -> None:
     responses = REVIEWS.tokenizer.block(rows, False, CPU)
 
     def loss(model) -> float:
-        log_probs, _ = model.log_prob_and_entropy(prompts, responses, 1.0)
+        log_probs, _ = model.log_prob_and_entropy(prompts, responses)
         return -log_probs[rlhf.action_mask(responses, PAD)].mean().item()
 
     assert loss(rlhf.sft(args, REVIEWS, NoRun)) < 0.8 * loss(random_model(args, REVIEWS))
@@ -585,20 +589,25 @@ def test_reward_model_learns_the_judges_taste_and_is_normalised() -> None:
     args = tiny(rm_pairs=256)
     reference = random_model(args, LENGTHS)
     reference.head.bias[EOS] += 2.0
-    model, (accuracy, correlation) = rlhf.train_reward_model(args, LENGTHS, NoRun, reference)
+    models = rlhf.Models(args, LENGTHS, learned=True)
+    models.reference = reference
+    model = rlhf.train_reward_model(args, LENGTHS, NoRun, models)
+    accuracy, correlation = models.reward_model_quality
     assert correlation > 0.5 and accuracy > 0.5  # an untrained one has a random sign
     rng, generator = rlhf.streams(args, 8, CPU)
-    rollout = rlhf.answer(args, LENGTHS, reference, LENGTHS.prompts(512, rng), generator)
-    scores = rlhf.read_scores(args, LENGTHS, model, rollout.texts, rollout.answers)
+    rollout = rlhf.answer(args, reference, LENGTHS.prompts(512, rng), generator)
+    scores = rlhf.read_scores(args, model, rollout.texts, rollout.answers)
     assert abs(scores.mean()) < 0.2 and abs(scores.std() - 1) < 0.2
 
 
 def test_reward_model_below_the_accuracy_or_without_pairs_is_refused() -> None:
     args = tiny(rm_min_accuracy=1.0)
+    models = rlhf.Models(args, LENGTHS, learned=True)
+    models.reference = random_model(args, LENGTHS)
     with pytest.raises(UserError, match="rm-min-accuracy"):
-        rlhf.train_reward_model(args, LENGTHS, NoRun, random_model(args, LENGTHS))
+        rlhf.train_reward_model(args, LENGTHS, NoRun, models)
     with pytest.raises(UserError, match="0 pairs apart"):
-        rlhf.train_reward_model(args, REVIEWS, NoRun, random_model(args, REVIEWS))
+        rlhf.train_reward_model(args, REVIEWS, NoRun, models)
 
 
 # ---- The proof: an enumerable vocabulary -------------------------------------------------------
@@ -608,7 +617,6 @@ class Spelling(rlhf.Task):
     """Three letters, at most three of them: 40 answers, each with a known probability in pi*."""
 
     tokenizer, prompt_size = rlhf.Tokenizer(["a", "b", "c"], separator=""), 1
-    grammar = re.compile("[abc]*")
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
         return [str(letter) for letter in rng.choice(["a", "b"], count)]
@@ -646,7 +654,7 @@ def exact_kl(
     for prompt in ("a", "b"):
         prompts = torch.tensor([SPELLING.tokenizer.encode(prompt)] * len(rows))
         log_pi, log_ref = (
-            (model.log_prob_and_entropy(prompts, responses, 1.0)[0] * mask).sum(1).detach().double()
+            (model.log_prob_and_entropy(prompts, responses)[0] * mask).sum(1).detach().double()
             for model in (policy, reference)
         )
         assert log_pi.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -747,11 +755,9 @@ def test_train_writes_results_and_a_second_run_can_load_its_models(
     out = capsys.readouterr().out
     assert "SFT answers" in out and "PPO answers" in out and "fresh prompts" in out
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == results
-    common = "kl length eos_rate distinct proxy wall_seconds grammatical "
-    keys = "sft_accuracy accuracy greedy_accuracy"
-    if task == "reviews":
-        keys = "sft_gold sft_grammatical gold rm_accuracy rm_correlation"
-    assert set((common + keys).split()) <= set(results)
+    keys = "sft_gold gold proxy kl length eos_rate run_dir wall_seconds "
+    keys += "rm_accuracy rm_correlation" if task == "reviews" else ""
+    assert set(keys.split()) <= set(results)
     assert [row["global_step"] for row in read_metrics(tmp_path / "a")] == [16, 32]
 
     # PPO on the loaded models is the same to the last bit.
@@ -995,7 +1001,7 @@ def test_evaluate_of_a_run_killed_in_stage_3_takes_the_newest_checkpoint(
     models.load_state_dict(saved["agent"])
     rng, generator = rlhf.streams(args, 4, CPU)
     texts = LENGTHS.prompts(32, rng)
-    rollout = rlhf.answer(args, LENGTHS, models.policy, texts, generator)
+    rollout = rlhf.answer(args, models.policy, texts, generator)
     assert results["gold"] == np.mean(LENGTHS.gold_scores(texts, rollout.answers))
     assert results["kl"] != first["kl"]
 
@@ -1081,11 +1087,11 @@ def test_prompt_longer_than_the_context_is_a_user_error() -> None:
     args = tiny()
     policy = random_model(args, REVIEWS)
     with pytest.raises(UserError, match="context-size"):
-        rlhf.answer(args, REVIEWS, policy, ["pool " * 32 + ":"], None)
+        rlhf.answer(args, policy, ["pool " * 32 + ":"], torch.Generator())
 
 
 def test_demonstration_longer_than_the_context_is_a_user_error(run_dir) -> None:
-    with pytest.raises(UserError, match="--context-size 18"):
+    with pytest.raises(UserError, match="--context-size is too small for a text of"):
         rlhf.train(tiny(run_dir, context_size=18, max_new_tokens=8))
 
 
@@ -1192,7 +1198,7 @@ def test_kl_in_the_loss_leaves_the_reward_to_the_score(run_ppo, monkeypatch) -> 
     torch.testing.assert_close(rewards[1].result.sum(1), rewards[1].scores)
     call = losses[1]  # the second iteration, in which the policy is not the reference any more
     loss, figures = call.result
-    log_probs, _, _ = call.models.read(call.batch.prompts, call.batch.responses, 1.0)
+    log_probs, _, _ = call.models.read(call.batch.prompts, call.batch.responses)
     assert not torch.equal(call.batch.ref_log_probs, call.batch.log_probs)
     kl = (call.batch.log_probs - call.batch.ref_log_probs)[call.batch.mask].square().mean() / 2
     expected = figures["policy_loss"] + 0.5 * figures["value_loss"] + 0.7 * kl
@@ -1295,7 +1301,7 @@ def test_gradient_of_micro_batches_is_that_of_the_minibatch() -> None:
     models = rlhf.Models(args, REVIEWS, learned=False)
     parameters = [x for x in models.parameters() if x.requires_grad]
     mask, (B, R) = rlhf.action_mask(responses, PAD), responses.shape
-    log_probs, _, values = models.read(prompts, responses, 1.0)
+    log_probs, _, values = models.read(prompts, responses)
     noise = 0.2 * torch.randn(5, B, R, generator=torch.Generator().manual_seed(0))
     log_probs, values = log_probs.detach(), values.detach()
     columns = (log_probs + noise[0], log_probs + noise[1], noise[2], noise[3], values + noise[4])
@@ -1382,11 +1388,11 @@ def test_task_that_is_not_there_is_one_line(name: str, tmp_path, monkeypatch, ca
     sys.modules.pop("my_task", None)
 
 
-@pytest.mark.parametrize("line", ["import no_such_module", "1 / 0"])
+@pytest.mark.parametrize("line", ["import no_such_module", "1 / 0", "str.nothing"])
 def test_error_inside_a_task_keeps_its_traceback(line: str, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "broken_task.py").write_text(line)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ModuleNotFoundError, ZeroDivisionError)):
+    with pytest.raises((ModuleNotFoundError, ZeroDivisionError, AttributeError)):
         run_main(rlhf, "--task broken_task:Echo", monkeypatch, capsys)
 
 
@@ -1436,7 +1442,7 @@ def test_reward_model_that_is_not_finite_is_not_the_reward_functions_fault(
     assert status == 2 and "lower --rm-learning-rate" in err and "reward function" not in err
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 2])
 def test_signal_in_the_evaluation_ends_it_early(
     call: int, run_dir, lengths, monkeypatch, capsys
 ) -> None:
@@ -1451,8 +1457,8 @@ def test_signal_in_the_evaluation_ends_it_early(
     monkeypatch.setattr(rlhf, "answer", interrupted)
     words = f"--evaluate {run_dir} --eval-prompts 120 --micro-batch-size 8"
     outcome = run_main(rlhf, words, monkeypatch, capsys)
-    assert outcome[0] == 2 and "stopped in the stage evaluation" in outcome[2]
-    assert next(calls) <= call + 2
+    assert outcome[0] == 2 and "stopped in the evaluation" in outcome[2]
+    assert next(calls) == call + 1
 
 
 @pytest.mark.parametrize("stages_done", [0, 1, 2])
