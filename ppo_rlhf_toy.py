@@ -14,7 +14,7 @@
 Each iteration of `ppo` has five parts:
     [1] Rollout     the policy answers B prompts, token by token
     [2] Score       the reward function rates each answer; leaving the reference costs each token
-    [3] Advantages  from a value model and GAE, or from a group of answers to each prompt (GRPO)
+    [3] Advantages  from a value model and GAE, or by comparing several answers to each prompt
     [4] Update      K epochs of minibatches on the clipped surrogate and the value loss
     [5] Log         averages over the iteration
 
@@ -554,7 +554,7 @@ def score_answers(args: Args, reward_fn: Callable, rollout: Rollout) -> Tensor:
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Return an estimate of KL(policy, reference) in nats from each sampled token.
 
-    As a reward only k1 has its gradient; in the loss k2 has it, k3 that of KL(reference, policy).
+    As a reward only k1 has its gradient; in the loss k2 has a token's, k3 that of KL(ref, policy).
     """
     log_ratio = log_probs - ref_log_probs
     if estimator == "k2":
