@@ -233,12 +233,6 @@ def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
 # ---- Environments ------------------------------------------------------------------------------
 
 
-def single_env(env: gym.Env) -> gym.Env:
-    """Wrap an environment in `SingleEnv` if that changes anything."""
-    wrapped = SingleEnv(env)
-    return wrapped if wrapped.in_obs or wrapped.by_method or wrapped.in_worker else env
-
-
 class SingleEnv(gym.Wrapper):
     """One environment. Its masks go to the info, from its observation or its `action_masks()`."""
 
@@ -248,44 +242,37 @@ class SingleEnv(gym.Wrapper):
         self.in_obs = isinstance(space, Dict) and "action_mask" in space.spaces  # PettingZoo's way
         if self.in_obs:
             self.observation_space = Dict({k: x for k, x in space.items() if k != "action_mask"})
-        self.by_method = env.has_wrapper_attr("action_masks")
+        self.has_masks = self.in_obs or env.has_wrapper_attr("action_masks")
         self.in_worker = multiprocessing.current_process().name.startswith("Worker<")  # Gymnasium's
         for number in SIGNALS if self.in_worker else ():
             signal.signal(number, signal.SIG_IGN)  # the main process shuts the run down
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
         if self.in_worker and seed is not None:
             seed_global_generators(seed)
-        return self.call(self.env.reset, seed=seed, options=options)
+        result = self.env.reset(seed=seed, options=options)
+        return self.move_mask(*result) if self.has_masks else result
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
-        return self.call(self.env.step, action)
+    def step(self, action: Any) -> Any:
+        result = self.env.step(action)
+        return self.move_mask(*result) if self.has_masks else result
 
-    def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call the environment and move its mask."""
-        try:
-            obs, *others, info = function(*args, **kwargs)
-        except Exception:
-            if self.in_worker:  # an error that cannot be pickled would hang Gymnasium for ever
-                raise RuntimeError(traceback.format_exc()) from None
-            raise
+    def move_mask(self, obs: Any, *result: Any) -> Any:
+        *others, info = result
         if self.in_obs:
             info = info | {"action_mask": obs["action_mask"]}
             obs = {key: obs[key] for key in self.observation_space}
-        elif self.by_method:
-            masks = self.env.get_wrapper_attr("action_masks")()
-            info = info | {"action_mask": np.hstack(masks)}
+        else:
+            info = info | {"action_mask": np.hstack(self.env.get_wrapper_attr("action_masks")())}
         return obs, *others, info
 
 
 def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> VectorEnv:
-    """Make environments as the flags name them, each wrapped by `wrap`.
+    """Make environments as the flags name them; `UserError` for what the flags got wrong.
 
     Environments that their author vectorised are one object, which cannot be wrapped: with a `wrap`
-    of yours single ones take their place, unless the flags ask otherwise.
-
-    Raises `UserError` for what the flags got wrong. An error inside the environment propagates with
-    the traceback that its author needs.
+    of yours single ones take their place, unless the flags ask otherwise. An error inside the
+    environment propagates with the traceback that its author needs.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -297,7 +284,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         spec = gym.spec(name)
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
-        wrappers = [single_env, *filter(None, [wrap])] if mode in ("sync", "async") else []
+        wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         if not raised_by_gymnasium(error, inspect.getfile(type(args))):
@@ -313,12 +300,11 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
 def read_keyword(pair: str) -> tuple[str, Any]:
     """Read name=value, in which a value is true, false, none, a literal of Python, or a string."""
     name, _, text = pair.partition("=")
-    words = dict(true="True", yes="True", on="True", false="False", no="False", off="False")
-    words |= dict(none="None", null="None")
-    try:
-        return name, ast.literal_eval(words.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        return name, text
+    words: Any = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+    words |= dict(none=None, null=None)
+    with contextlib.suppress(ValueError, SyntaxError):
+        return name, ast.literal_eval(text)
+    return name, words.get(text.lower(), text)
 
 
 def raised_by_gymnasium(error: BaseException, script: str) -> bool:
@@ -326,8 +312,7 @@ def raised_by_gymnasium(error: BaseException, script: str) -> bool:
     while error.__context__ is not None:
         error = error.__context__
     ours = (__file__, script, "<frozen importlib", importlib.__file__, *gym.__path__)
-    frames = traceback.extract_tb(error.__traceback__)
-    return all(frame.filename.startswith(ours) for frame in frames)
+    return all(x.filename.startswith(ours) for x in traceback.extract_tb(error.__traceback__))
 
 
 def refuse(args: EnvArgs, envs: VectorEnv, text: str) -> NoReturn:
@@ -343,20 +328,17 @@ def is_image(shape: Any, num_axes: tuple[int, ...] = (2, 3)) -> bool:
 
 def flatten_observations(args: EnvArgs, envs: VectorEnv, for_images: str) -> VectorEnv:
     """Turn observations into vectors (N, D), discrete parts one-hot; refuse images."""
-
-    def check(space: gym.Space) -> None:
-        if isinstance(space, Dict | Tuple):
-            for part in space.values() if isinstance(space, Dict) else space:
-                check(part)
-        elif is_image(space.shape):
-            refuse(args, envs, f"its observation has an image: {for_images}")
-        elif not isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
-            refuse(args, envs, f"its observation has {space}, of no fixed size")
-
     space = envs.single_observation_space
-    check(space)
     if isinstance(space, Dict) and "action_mask" in space.spaces:
         refuse(args, envs, "vectorised environments must have the action_mask in the info")
+    parts = [space]
+    for part in parts:
+        if isinstance(part, Dict | Tuple):
+            parts += part.values() if isinstance(part, Dict) else part  # they are looked at too
+        elif is_image(part.shape):
+            refuse(args, envs, f"its observation has an image: {for_images}")
+        elif not isinstance(part, Box | Discrete | MultiDiscrete | MultiBinary):
+            refuse(args, envs, f"its observation has {part}, of no fixed size")
     is_flat = isinstance(space, Box) and len(space.shape) == 1
     return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -370,35 +352,34 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
         self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
-        info = info | {"begins": np.ones(self.num_envs, bool)}
-        return self.as_floats(obs), self.with_masks(info)
+        return self.complete(obs, info, begins=np.ones(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        info = info | {"begins": self.done}  # where it was only reset
-        rewards = rewards.astype(np.float32)
+        rewards, begins = rewards.astype(np.float32), self.done  # which were only reset
         if self.any_done:
-            rewards[self.done] = 0.0
+            rewards[begins] = 0.0
         self.returns += rewards
-        self.lengths += ~self.done
+        self.lengths += ~begins
         self.done = terminated | truncated
         self.any_done = bool(np.count_nonzero(self.done))
         if self.any_done:
             for i in self.done.nonzero()[0].tolist():
                 self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
             self.returns[self.done] = self.lengths[self.done] = 0
-        return self.as_floats(obs), rewards, terminated, truncated, self.with_masks(info)
+        obs, info = self.complete(obs, info, begins)
+        return obs, rewards, terminated, truncated, info
 
-    def as_floats(self, obs: np.ndarray) -> np.ndarray:
-        is_images = obs.dtype == np.uint8 and obs.ndim == 4
-        return obs if is_images else obs.astype(np.float32, copy=False)
-
-    def with_masks(self, info: dict) -> dict:
+    def complete(self, obs: np.ndarray, info: dict, begins: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Make numbers floats, unless they are images; add to the info what it lacks."""
+        if obs.dtype != np.uint8 or obs.ndim != 4:
+            obs = obs.astype(np.float32, copy=False)
+        info = info | {"begins": begins}
         if self.masks_of_all is not None:
-            info = info | {"action_mask": np.asarray(self.masks_of_all())}
+            info["action_mask"] = np.asarray(self.masks_of_all())
         if self.any_done and "action_mask" in info:
-            info = info | {"_action_mask": info.get("_action_mask", True) & ~self.done}
-        return info
+            info["_action_mask"] = info.get("_action_mask", True) & ~self.done
+        return obs, info
 
 
 class Choices:
@@ -428,8 +409,7 @@ class Choices:
         rows = np.broadcast_to(info.get("_action_mask", True), len(given))
         given = given[rows]
         if given.size != count * rows.sum() or ((given != 0) & (given != 1)).any():
-            what = f"an array of {count} numbers: 1 for a legal choice, else 0"
-            raise UserError(f"an action_mask must be {what}")
+            raise UserError(f"an action_mask needs {count} numbers: 1 for a legal choice, else 0")
         legal = np.repeat(self.exists[None], len(rows), axis=0)  # (N, P, A)
         legal[rows[:, None, None] & self.exists] = given.ravel()
         if not legal.any(-1).all():
@@ -474,8 +454,7 @@ class Normaliser(nn.Module):
             return lambda rows: rows
         mean = (self.mean * self.shift).float().numpy()
         std = (self.var + 1e-8).sqrt().float().numpy()
-        clip = self.clip
-        return lambda rows: ((rows - mean) / std).clip(-clip, clip)
+        return lambda rows: ((rows - mean) / std).clip(-self.clip, self.clip)
 
 
 # ---- Speed -------------------------------------------------------------------------------------

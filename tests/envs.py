@@ -488,31 +488,6 @@ class Raises(Identity):
             raise self.error("while closing")
 
 
-class Unpicklable(Exception):
-    """An error that a worker cannot send to the main process, as it is."""
-
-    def __init__(self, first: str, second: str):
-        super().__init__(f"{first} {second}")
-
-
-class RaisesUnpicklable(Identity):
-    """Raises `Unpicklable` in reset or step."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def reset(self, **kwargs):
-        if self.where == "reset":
-            raise Unpicklable("of my", "own")
-        return super().reset(**kwargs)
-
-    def step(self, action):
-        raise Unpicklable("of my", "own")
-
-
-gym.register(id="test/RaisesUnpicklable-v0", entry_point=RaisesUnpicklable)
-
-
 class Drawn(Constant):
     """`Constant` that draws a picture of 16 x 16."""
 
