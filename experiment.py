@@ -91,12 +91,7 @@ class RunArgs:
     evaluate: Path | None = None  # Evaluate the run in this folder instead of training.
 
     fixed, fixed_to_resume = "", "seed"  # flags that a trained network, or its run, cannot change
-    unit = "steps"  # what a run counts
-
-    @property
-    def wants_gpu(self) -> bool:
-        """Return whether device auto is the GPU: a narrow network is faster on the CPU."""
-        return max(getattr(self, "hidden_size", 0), getattr(self, "d_model", 0)) >= 512
+    unit, wants_gpu = "steps", False  # what a run counts; whether even narrow networks gain
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
@@ -172,7 +167,8 @@ def start(args: RunArgs) -> torch.device:
     launched = dist.is_available() and dist.is_torchelastic_launched()
     name = args.device
     if name == "auto":
-        name = "cuda" if args.wants_gpu and torch.cuda.is_available() else "cpu"
+        gains = args.wants_gpu or getattr(args, "hidden_size", getattr(args, "d_model", 0)) >= 512
+        name = "cuda" if gains and torch.cuda.is_available() else "cpu"
     if launched and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with as_user_error(f"--device {name}", RuntimeError, AssertionError, ImportError):
@@ -193,22 +189,17 @@ def seed_global_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def in_group() -> bool:
-    """Return whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized()
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if in_group() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if in_group() else 1
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Make `x` the sum of the `x` of all processes, and return it."""
-    if in_group():
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
@@ -216,14 +207,14 @@ def all_sum(x: Tensor) -> Tensor:
 def gather(item: Any) -> list:
     """Return the items of all processes."""
     items = [item] * world_size()
-    if in_group():
+    if world_size() > 1:
         dist.all_gather_object(items, item)
     return items
 
 
 def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and variance of the rows (B, ...) of all processes."""
-    if not in_group():
+    if world_size() == 1:
         return x.mean(0), x.var(0, correction=correction)
     count = all_sum(x.new_tensor(len(x)))
     mean = all_sum(x.sum(0)) / count
@@ -483,16 +474,12 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
             return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
 
     layers: Any = net if is_plain(net, nn.Sequential) else [net]
-    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
-    parameters = list(net.parameters())
-    if not plain or not parameters:
+    if not all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers):
         return torch_forward
-    on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
-    arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
     steps: list[Callable] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            weight, bias = (arrays[p].view_as(p).numpy().T for p in layer.parameters())
+            weight, bias = (p.numpy(force=True).copy().T for p in layer.parameters())
             steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
         else:
             steps.append(np.tanh if isinstance(layer, nn.Tanh) else lambda x: np.maximum(x, 0.0))
