@@ -13,7 +13,6 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import importlib
 import inspect
 import io
@@ -575,41 +574,22 @@ def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
         return saved, args_class(**saved["args"])
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copy the moments of a checkpoint, if it has any yet, into those of an optimizer.
-
-    `view_as` checks their sizes. Adam would write past the end of a shorter one.
-    """
-    if not state:
-        return
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    optimizer.step()  # with a gradient of 0 it changes nothing, but makes the moments
-    for number, moments in optimizer.state_dict()["state"].items():
-        for name, moment in moments.items():
-            moment.copy_(state[number][name].view_as(moment))
+SPACES = dict(Box="low high", Discrete="n start", MultiDiscrete="nvec start", MultiBinary="n")
 
 
 def pack_space(space: Any) -> dict[str, Any]:
     """Return a space as what a checkpoint can hold."""
-    names = {"Box": "low high", "Discrete": "n start", "MultiDiscrete": "nvec start"}
     kind = type(space).__name__
-    numbers = {k: torch.as_tensor(getattr(space, k)) for k in names.get(kind, "").split()}
-    return numbers | {"kind": kind, "shape": tuple(space.shape), "dtype": str(space.dtype)}
+    numbers = {k: torch.as_tensor(getattr(space, k)) for k in SPACES.get(kind, "").split()}
+    return numbers | {"kind": kind, "dtype": str(space.dtype)}
 
 
 def unpack_space(packed: dict[str, Any]) -> gym.Space:
     """Return the space that `pack_space` wrote down."""
-    numbers: Any = {name: x.numpy()[()] for name, x in packed.items() if isinstance(x, Tensor)}
-    if packed["kind"] == "MultiBinary":
-        return MultiBinary(packed["shape"])
-    if packed["kind"] == "Discrete":
-        return Discrete(**numbers)
-    kind = {"Box": Box, "MultiDiscrete": MultiDiscrete}[packed["kind"]]
-    return kind(**numbers, dtype=np.dtype(packed["dtype"]).type)
-
-
-COUNTERS = ("iteration", "global_step", "seconds")
+    numbers: Any = {k: packed[k].numpy()[()] for k in SPACES[packed["kind"]].split()}
+    if packed["kind"] in ("Box", "MultiDiscrete"):
+        numbers["dtype"] = np.dtype(packed["dtype"]).type
+    return getattr(gym.spaces, packed["kind"])(**numbers)
 
 
 class Run(contextlib.ExitStack):
@@ -628,7 +608,7 @@ class Run(contextlib.ExitStack):
         self.folder: Any = None  # a Path, of process 0 only, and not with --evaluate
         self.envs: RecordedEnvs | None = None
         self.stopped, self.signal_time = "", 0.0
-        self.started = self.print_time = time.perf_counter()
+        self.print_time = time.perf_counter()
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -688,16 +668,12 @@ class Run(contextlib.ExitStack):
     def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Open the folder, or take up its checkpoint. Call it once, before the loop."""
         self.agent, self.optimizer, args = agent, optimizer, self.args
-        if gc.get_freeze_count() == 0:
-            gc.freeze()  # a million objects of the libraries, which no collection frees
         with as_user_error(args.run_dir or args.resume, OSError):
             if rank() == 0 and not args.evaluate:
                 self.lock_folder()
             if args.resume or args.evaluate:
                 self.restore(args.resume or args.evaluate)
-            if args.evaluate:
-                self.iteration = args.num_iterations  # nothing is left to train
-            elif rank() == 0:
+            if self.folder is not None:
                 self.open_log()
         if self.envs is not None:  # each process plays its own episodes, a resumed run other ones
             self.env_seed += self.iteration * args.num_envs + rank() * self.envs.num_envs
@@ -720,8 +696,7 @@ class Run(contextlib.ExitStack):
             with as_user_error(f"{self.folder}: another process trains there", BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not args.resume and (self.folder / "args.json").exists():
-            what = "--resume it if it has a checkpoint, or name another"
-            raise UserError(f"--run-dir {self.folder} holds a run: {what}")
+            raise UserError(f"--run-dir {self.folder} holds a run: --resume it, or name another")
 
     def open_log(self) -> None:
         """Open metrics.csv and TensorBoard; drop what was logged after the checkpoint."""
@@ -743,19 +718,19 @@ class Run(contextlib.ExitStack):
 
     def save(self) -> None:
         """Write checkpoint.pt: the exact state of all that is ours."""
-        rngs = gather(
-            [
-                rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
-                for rng in (self.sampling, self.shuffling)
-            ]
-        )
+        rngs = [
+            rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
+            for rng in (self.sampling, self.shuffling)
+        ]
+        rngs = gather(rngs)
         if self.folder is None:
             return
+        counted = ("iteration", "global_step", "seconds", "recent_returns")
         checkpoint = {
             "args": {k: None if isinstance(v, Path) else v for k, v in vars(self.args).items()},
             "agent": self.agent.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
-            "run": {name: getattr(self, name) for name in (*COUNTERS, "recent_returns")},
+            "run": {name: getattr(self, name) for name in counted},
             "rngs": rngs,
         }
         if self.envs is not None:
@@ -778,18 +753,24 @@ class Run(contextlib.ExitStack):
         with as_user_error(f"{folder} does not fit", Exception):  # whatever it may hold
             self.agent.load_state_dict(saved["agent"])
             if args.evaluate:
+                self.iteration = args.num_iterations  # nothing is left to train
                 return
-            if len(saved["rngs"]) != world_size():
-                number = len(saved["rngs"])
-                raise ValueError(f"saved by {number} processes, resumed by {world_size()}")
-            load_optimizer(self.optimizer, saved["optimizer"])
-            for name in COUNTERS:
+            if (processes := len(saved["rngs"])) != world_size():
+                raise ValueError(f"saved by {processes} processes, resumed by {world_size()}")
+            if saved["optimizer"]:
+                for parameter in self.optimizer.param_groups[0]["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                self.optimizer.step()  # by gradients of 0, which only makes the moments
+            for number, moments in self.optimizer.state_dict()["state"].items():
+                for name, moment in moments.items():  # Adam would write past a shorter one's end
+                    moment.copy_(saved["optimizer"][number][name].view_as(moment))
+            for name in ("iteration", "global_step", "seconds"):
                 number = saved["run"][name]
                 if type(number) is not type(getattr(self, name)) or not 0 <= number < 2**53:
                     raise ValueError(f"{name} is {number!r}")
                 setattr(self, name, number)
             self.recent_returns = list(map(float, saved["run"]["recent_returns"]))
-            self.started -= self.seconds
             generators = (self.sampling, self.shuffling)
             for rng, state in zip(generators, saved["rngs"][rank()], strict=True):
                 if isinstance(rng, torch.Generator):
@@ -888,10 +869,9 @@ class Run(contextlib.ExitStack):
         if rank() == 0:
             results |= self.evaluate(make_envs)
         results["stopped"] = self.stopped or None
-        if rank() == 0:
-            self.write_results(results)
-            if args.capture_video:
-                self.film(make_envs, self.agent)
+        self.write_results(results)
+        if rank() == 0 and args.capture_video:
+            self.film(make_envs, self.agent)
         return results
 
     def evaluate(self, make_envs: Callable) -> dict[str, Any]:
@@ -900,15 +880,14 @@ class Run(contextlib.ExitStack):
         results: dict[str, Any] = {"eval_episodes": args.eval_episodes}
         num_envs = min(args.num_envs // world_size(), args.eval_episodes)
         self.envs = envs = RecordedEnvs(make_envs(args, num_envs))
-        for prefix, name in (("eval", "deterministic"), ("eval_stochastic", "stochastic")):
-            rng = np.random.default_rng(seed) if name == "stochastic" else None
+        for prefix, rng in (("eval", None), ("eval_stochastic", np.random.default_rng(seed))):
             scores, cut_off = evaluate(
                 self.agent, envs, args.eval_episodes, seed, rng, lambda: self.stopped != before
             )
-            mean, std = float(np.mean(scores)), float(np.std(scores))
             self.check_finite(scores)
+            mean, std = float(np.mean(scores)), float(np.std(scores))
             results |= {f"{prefix}_mean": mean, f"{prefix}_std": std, f"{prefix}_cut_off": cut_off}
-            say(f"{name} evaluation: {mean:.1f} ± {std:.1f}")
+            say(f"{'stochastic' if rng else 'deterministic'} evaluation: {mean:.1f} ± {std:.1f}")
             if cut_off:
                 say(f"{cut_off} of {len(scores)} episodes were cut off before their end")
             if self.stopped != before:
@@ -919,7 +898,7 @@ class Run(contextlib.ExitStack):
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         if self.folder is not None:
-            results["wall_seconds"] = round(time.perf_counter() - self.started, 2)
+            results["wall_seconds"] = round(time.perf_counter() - self.loop_time, 2)
             with as_user_error(self.folder, OSError):
                 write_json(self.folder / "results.json", results)
 
