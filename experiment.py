@@ -976,19 +976,17 @@ def load_agent(folder: Path | str, args_class: type, agent_class: type) -> Any:
 def help_in_groups(cls: Any) -> Any:
     """Return a dataclass of two, for `--help`: the flags of a script, and those of running it."""
     fields, own = cls.__dataclass_fields__, inspect.get_annotations(cls)
-    groups, unprefixed = [], typing.cast(Any, tyro.conf.OmitArgPrefixes)
+    groups: Any = []
     for title, names in (("algorithm", own), ("run", [x for x in fields if x not in own])):
         group: Any = type(cls.__name__, cls.__bases__, {**vars(cls), "__doc__": None})  # a copy
         group.__dataclass_fields__ = {name: fields[name] for name in names}
-        groups.append((title, unprefixed[group]))
+        groups.append((title, tyro.conf.OmitArgPrefixes[group]))  # type: ignore[misc]
     return dataclasses.make_dataclass("Flags", groups)
 
 
 def parse(cls: type) -> Any:
     """Read the flags; the defaults are those of the run that is continued or evaluated."""
     if {"-h", "--help"} & set(sys.argv):
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --help | head
         tyro.cli(help_in_groups(cls), description=cls.__doc__)  # exits
     typed: Any = tyro.cli(cls)
     RunArgs.check(typed)
@@ -997,8 +995,7 @@ def parse(cls: type) -> Any:
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
     saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
     if ":" in saved.subject and typed.subject != saved.subject:  # to import it would run its code
-        flag = next(x for x in ("env_id", "task") if hasattr(saved, x)).replace("_", "-")
-        raise UserError(f"the run wants to import {saved.subject}: type --{flag} to allow that")
+        raise UserError(f"the run imports {saved.subject}: if it may, type its --env-id or --task")
     return tyro.cli(cls, default=saved)
 
 
