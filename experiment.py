@@ -989,7 +989,6 @@ def parse(cls: type) -> Any:
     if {"-h", "--help"} & set(sys.argv):
         tyro.cli(help_in_groups(cls), description=cls.__doc__)  # exits
     typed: Any = tyro.cli(cls)
-    RunArgs.check(typed)
     if not (typed.resume or typed.evaluate):
         return typed
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)

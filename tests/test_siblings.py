@@ -14,7 +14,7 @@ SIBLINGS = ["ppo_discrete", "ppo_continuous", "ppo_atari", "ppo_lstm"]
 SCRIPTS = [*SIBLINGS, "ppo_rlhf_toy"]
 # experiment.py is to come down to 700 lines, ppo_rlhf_toy.py to 850; until then they may not grow.
 LINES = {name: 400 for name in SIBLINGS} | dict(ppo_lstm=430)
-LINES |= dict(ppo_rlhf_toy=918, experiment=1013, gae=85)
+LINES |= dict(ppo_rlhf_toy=918, experiment=1012, gae=85)
 
 
 def source(name: str) -> str:
