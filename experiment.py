@@ -13,7 +13,6 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import importlib
 import inspect
 import io
@@ -91,12 +90,7 @@ class RunArgs:
     evaluate: Path | None = None  # Evaluate the run in this folder instead of training.
 
     fixed, fixed_to_resume = "", "seed"  # flags that a trained network, or its run, cannot change
-    unit = "steps"  # what a run counts
-
-    @property
-    def wants_gpu(self) -> bool:
-        """Return whether device auto is the GPU: a narrow network is faster on the CPU."""
-        return max(getattr(self, "hidden_size", 0), getattr(self, "d_model", 0)) >= 512
+    unit, wants_gpu = "steps", False  # what a run counts; whether even narrow networks gain
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
@@ -172,7 +166,8 @@ def start(args: RunArgs) -> torch.device:
     launched = dist.is_available() and dist.is_torchelastic_launched()
     name = args.device
     if name == "auto":
-        name = "cuda" if args.wants_gpu and torch.cuda.is_available() else "cpu"
+        gains = args.wants_gpu or getattr(args, "hidden_size", getattr(args, "d_model", 0)) >= 512
+        name = "cuda" if gains and torch.cuda.is_available() else "cpu"
     if launched and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with as_user_error(f"--device {name}", RuntimeError, AssertionError, ImportError):
@@ -193,22 +188,17 @@ def seed_global_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def in_group() -> bool:
-    """Return whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized()
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if in_group() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if in_group() else 1
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Make `x` the sum of the `x` of all processes, and return it."""
-    if in_group():
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
@@ -216,14 +206,14 @@ def all_sum(x: Tensor) -> Tensor:
 def gather(item: Any) -> list:
     """Return the items of all processes."""
     items = [item] * world_size()
-    if in_group():
+    if world_size() > 1:
         dist.all_gather_object(items, item)
     return items
 
 
 def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and variance of the rows (B, ...) of all processes."""
-    if not in_group():
+    if world_size() == 1:
         return x.mean(0), x.var(0, correction=correction)
     count = all_sum(x.new_tensor(len(x)))
     mean = all_sum(x.sum(0)) / count
@@ -231,12 +221,6 @@ def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
 
 
 # ---- Environments ------------------------------------------------------------------------------
-
-
-def single_env(env: gym.Env) -> gym.Env:
-    """Wrap an environment in `SingleEnv` if that changes anything."""
-    wrapped = SingleEnv(env)
-    return wrapped if wrapped.in_obs or wrapped.by_method or wrapped.in_worker else env
 
 
 class SingleEnv(gym.Wrapper):
@@ -248,17 +232,17 @@ class SingleEnv(gym.Wrapper):
         self.in_obs = isinstance(space, Dict) and "action_mask" in space.spaces  # PettingZoo's way
         if self.in_obs:
             self.observation_space = Dict({k: x for k, x in space.items() if k != "action_mask"})
-        self.by_method = env.has_wrapper_attr("action_masks")
+        self.has_masks = self.in_obs or env.has_wrapper_attr("action_masks")
         self.in_worker = multiprocessing.current_process().name.startswith("Worker<")  # Gymnasium's
         for number in SIGNALS if self.in_worker else ():
             signal.signal(number, signal.SIG_IGN)  # the main process shuts the run down
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
         if self.in_worker and seed is not None:
             seed_global_generators(seed)
         return self.call(self.env.reset, seed=seed, options=options)
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+    def step(self, action: Any) -> Any:
         return self.call(self.env.step, action)
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -272,20 +256,17 @@ class SingleEnv(gym.Wrapper):
         if self.in_obs:
             info = info | {"action_mask": obs["action_mask"]}
             obs = {key: obs[key] for key in self.observation_space}
-        elif self.by_method:
-            masks = self.env.get_wrapper_attr("action_masks")()
-            info = info | {"action_mask": np.hstack(masks)}
+        elif self.has_masks:
+            info = info | {"action_mask": np.hstack(self.env.get_wrapper_attr("action_masks")())}
         return obs, *others, info
 
 
 def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> VectorEnv:
-    """Make environments as the flags name them, each wrapped by `wrap`.
+    """Make environments as the flags name them; `UserError` for what the flags got wrong.
 
     Environments that their author vectorised are one object, which cannot be wrapped: with a `wrap`
-    of yours single ones take their place, unless the flags ask otherwise.
-
-    Raises `UserError` for what the flags got wrong. An error inside the environment propagates with
-    the traceback that its author needs.
+    of yours single ones take their place, unless the flags ask otherwise. An error inside the
+    environment propagates with the traceback that its author needs.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -297,7 +278,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         spec = gym.spec(name)
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
-        wrappers = [single_env, *filter(None, [wrap])] if mode in ("sync", "async") else []
+        wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         if not is_fault_of_a_flag(error, inspect.getfile(type(args))):
@@ -313,12 +294,11 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
 def read_keyword(pair: str) -> tuple[str, Any]:
     """Read name=value, in which a value is true, false, none, a literal of Python, or a string."""
     name, _, text = pair.partition("=")
-    words = dict(true="True", yes="True", on="True", false="False", no="False", off="False")
-    words |= dict(none="None", null="None")
-    try:
-        return name, ast.literal_eval(words.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        return name, text
+    words: Any = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+    words |= dict(none=None, null=None)
+    with contextlib.suppress(ValueError, SyntaxError):
+        return name, ast.literal_eval(text)
+    return name, words.get(text.lower(), text)
 
 
 def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
@@ -326,8 +306,7 @@ def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
     while error.__context__ is not None:
         error = error.__context__
     ours = (__file__, script, "<frozen importlib", importlib.__file__, *gym.__path__)
-    frames = traceback.extract_tb(error.__traceback__)
-    return all(frame.filename.startswith(ours) for frame in frames)
+    return all(x.filename.startswith(ours) for x in traceback.extract_tb(error.__traceback__))
 
 
 def refuse(args: EnvArgs, envs: VectorEnv, text: str) -> NoReturn:
@@ -343,20 +322,17 @@ def is_image(shape: Any, num_axes: tuple[int, ...] = (2, 3)) -> bool:
 
 def flatten_observations(args: EnvArgs, envs: VectorEnv, for_images: str) -> VectorEnv:
     """Turn observations into vectors (N, D), discrete parts one-hot; refuse images."""
-
-    def check(space: gym.Space) -> None:
-        if isinstance(space, Dict | Tuple):
-            for part in space.values() if isinstance(space, Dict) else space:
-                check(part)
-        elif is_image(space.shape):
-            refuse(args, envs, f"its observation has an image: {for_images}")
-        elif not isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
-            refuse(args, envs, f"its observation has {space}, of no fixed size")
-
     space = envs.single_observation_space
-    check(space)
     if isinstance(space, Dict) and "action_mask" in space.spaces:
         refuse(args, envs, "vectorised environments must have the action_mask in the info")
+    parts = [space]
+    for part in parts:
+        if isinstance(part, Dict | Tuple):
+            parts += part.values() if isinstance(part, Dict) else part  # they are looked at too
+        elif is_image(part.shape):
+            refuse(args, envs, f"its observation has an image: {for_images}")
+        elif not isinstance(part, Box | Discrete | MultiDiscrete | MultiBinary):
+            refuse(args, envs, f"its observation has {part}, of no fixed size")
     is_flat = isinstance(space, Box) and len(space.shape) == 1
     return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
@@ -370,35 +346,34 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
         self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
-        info = info | {"begins": np.ones(self.num_envs, bool)}
-        return self.as_floats(obs), self.with_masks(info)
+        return self.complete(obs, info, begins=np.ones(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        info = info | {"begins": self.done}  # where it was only reset
-        rewards = rewards.astype(np.float32)
+        rewards, begins = rewards.astype(np.float32), self.done  # which were only reset
         if self.any_done:
-            rewards[self.done] = 0.0
+            rewards[begins] = 0.0
         self.returns += rewards
-        self.lengths += ~self.done
+        self.lengths += ~begins
         self.done = terminated | truncated
         self.any_done = bool(np.count_nonzero(self.done))
         if self.any_done:
             for i in self.done.nonzero()[0].tolist():
                 self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
             self.returns[self.done] = self.lengths[self.done] = 0
-        return self.as_floats(obs), rewards, terminated, truncated, self.with_masks(info)
+        obs, info = self.complete(obs, info, begins)
+        return obs, rewards, terminated, truncated, info
 
-    def as_floats(self, obs: np.ndarray) -> np.ndarray:
-        is_images = obs.dtype == np.uint8 and obs.ndim == 4
-        return obs if is_images else obs.astype(np.float32, copy=False)
-
-    def with_masks(self, info: dict) -> dict:
+    def complete(self, obs: np.ndarray, info: dict, begins: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Make numbers floats, unless they are images; add to the info what it lacks."""
+        if obs.dtype != np.uint8 or obs.ndim != 4:
+            obs = obs.astype(np.float32, copy=False)
+        info = info | {"begins": begins}
         if self.masks_of_all is not None:
-            info = info | {"action_mask": np.asarray(self.masks_of_all())}
+            info["action_mask"] = np.asarray(self.masks_of_all())
         if self.any_done and "action_mask" in info:
-            info = info | {"_action_mask": info.get("_action_mask", True) & ~self.done}
-        return info
+            info["_action_mask"] = info.get("_action_mask", True) & ~self.done
+        return obs, info
 
 
 class Choices:
@@ -428,8 +403,7 @@ class Choices:
         rows = np.broadcast_to(info.get("_action_mask", True), len(given))
         given = given[rows]
         if given.size != count * rows.sum() or ((given != 0) & (given != 1)).any():
-            what = f"an array of {count} numbers: 1 for a legal choice, else 0"
-            raise UserError(f"an action_mask must be {what}")
+            raise UserError(f"an action_mask needs {count} numbers: 1 for a legal choice, else 0")
         legal = np.repeat(self.exists[None], len(rows), axis=0)  # (N, P, A)
         legal[rows[:, None, None] & self.exists] = given.ravel()
         if not legal.any(-1).all():
@@ -474,8 +448,7 @@ class Normaliser(nn.Module):
             return lambda rows: rows
         mean = (self.mean * self.shift).float().numpy()
         std = (self.var + 1e-8).sqrt().float().numpy()
-        clip = self.clip
-        return lambda rows: ((rows - mean) / std).clip(-clip, clip)
+        return lambda rows: ((rows - mean) / std).clip(-self.clip, self.clip)
 
 
 # ---- Speed -------------------------------------------------------------------------------------
@@ -504,16 +477,12 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
             return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
 
     layers: Any = net if is_plain(net, nn.Sequential) else [net]
-    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
-    parameters = list(net.parameters())
-    if not plain or not parameters:
+    if not all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers):
         return torch_forward
-    on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
-    arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
     steps: list[Callable] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            weight, bias = (arrays[p].view_as(p).numpy().T for p in layer.parameters())
+            weight, bias = (p.numpy(force=True).copy().T for p in layer.parameters())
             steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
         else:
             steps.append(np.tanh if isinstance(layer, nn.Tanh) else lambda x: np.maximum(x, 0.0))
@@ -609,41 +578,22 @@ def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
         return saved, args_class(**saved["args"])
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Copy the moments of a checkpoint, if it has any yet, into those of an optimizer.
-
-    `view_as` checks their sizes. Adam would write past the end of a shorter one.
-    """
-    if not state:
-        return
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    optimizer.step()  # with a gradient of 0 it changes nothing, but makes the moments
-    for number, moments in optimizer.state_dict()["state"].items():
-        for name, moment in moments.items():
-            moment.copy_(state[number][name].view_as(moment))
+SPACES = dict(Box="low high", Discrete="n start", MultiDiscrete="nvec start", MultiBinary="n")
 
 
 def pack_space(space: Any) -> dict[str, Any]:
     """Return a space as what a checkpoint can hold."""
-    names = {"Box": "low high", "Discrete": "n start", "MultiDiscrete": "nvec start"}
     kind = type(space).__name__
-    numbers = {k: torch.as_tensor(getattr(space, k)) for k in names.get(kind, "").split()}
-    return numbers | {"kind": kind, "shape": tuple(space.shape), "dtype": str(space.dtype)}
+    numbers = {k: torch.as_tensor(getattr(space, k)) for k in SPACES.get(kind, "").split()}
+    return numbers | {"kind": kind, "dtype": str(space.dtype)}
 
 
 def unpack_space(packed: dict[str, Any]) -> gym.Space:
     """Return the space that `pack_space` wrote down."""
-    numbers: Any = {name: x.numpy()[()] for name, x in packed.items() if isinstance(x, Tensor)}
-    if packed["kind"] == "MultiBinary":
-        return MultiBinary(packed["shape"])
-    if packed["kind"] == "Discrete":
-        return Discrete(**numbers)
-    kind = {"Box": Box, "MultiDiscrete": MultiDiscrete}[packed["kind"]]
-    return kind(**numbers, dtype=np.dtype(packed["dtype"]).type)
-
-
-COUNTERS = ("iteration", "global_step", "seconds")
+    numbers: Any = {k: packed[k].numpy()[()] for k in SPACES[packed["kind"]].split()}
+    if packed["kind"] in ("Box", "MultiDiscrete"):
+        numbers["dtype"] = np.dtype(packed["dtype"]).type
+    return getattr(gym.spaces, packed["kind"])(**numbers)
 
 
 class Run(contextlib.ExitStack):
@@ -662,7 +612,7 @@ class Run(contextlib.ExitStack):
         self.folder: Any = None  # a Path, of process 0 only, and not with --evaluate
         self.envs: RecordedEnvs | None = None
         self.stopped, self.signal_time = "", 0.0
-        self.started = self.print_time = time.perf_counter()
+        self.print_time = time.perf_counter()
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self.on_signal))
@@ -722,16 +672,12 @@ class Run(contextlib.ExitStack):
     def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Open the folder, or take up its checkpoint. Call it once, before the loop."""
         self.agent, self.optimizer, args = agent, optimizer, self.args
-        if gc.get_freeze_count() == 0:
-            gc.freeze()  # a million objects of the libraries, which no collection frees
         with as_user_error(args.run_dir or args.resume, OSError):
             if rank() == 0 and not args.evaluate:
                 self.lock_folder()
             if args.resume or args.evaluate:
                 self.restore(args.resume or args.evaluate)
-            if args.evaluate:
-                self.iteration = args.num_iterations  # nothing is left to train
-            elif rank() == 0:
+            if self.folder is not None:
                 self.open_log()
         if self.envs is not None:  # each process plays its own episodes, a resumed run other ones
             self.env_seed += self.iteration * args.num_envs + rank() * self.envs.num_envs
@@ -754,8 +700,7 @@ class Run(contextlib.ExitStack):
             with as_user_error(f"{self.folder}: another process trains there", BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not args.resume and (self.folder / "args.json").exists():
-            what = "--resume it if it has a checkpoint, or name another"
-            raise UserError(f"--run-dir {self.folder} holds a run: {what}")
+            raise UserError(f"--run-dir {self.folder} holds a run: --resume it, or name another")
 
     def open_log(self) -> None:
         """Open metrics.csv and TensorBoard; drop what was logged after the checkpoint."""
@@ -777,19 +722,19 @@ class Run(contextlib.ExitStack):
 
     def save(self) -> None:
         """Write checkpoint.pt: the exact state of all that is ours."""
-        rngs = gather(
-            [
-                rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
-                for rng in (self.sampling, self.shuffling)
-            ]
-        )
+        rngs = [
+            rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
+            for rng in (self.sampling, self.shuffling)
+        ]
+        rngs = gather(rngs)
         if self.folder is None:
             return
+        counted = ("iteration", "global_step", "seconds", "recent_returns")
         checkpoint = {
             "args": {k: None if isinstance(v, Path) else v for k, v in vars(self.args).items()},
             "agent": self.agent.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
-            "run": {name: getattr(self, name) for name in (*COUNTERS, "recent_returns")},
+            "run": {name: getattr(self, name) for name in counted},
             "rngs": rngs,
         }
         if self.envs is not None:
@@ -812,18 +757,24 @@ class Run(contextlib.ExitStack):
         with as_user_error(f"{folder} does not fit", Exception):  # whatever it may hold
             self.agent.load_state_dict(saved["agent"])
             if args.evaluate:
+                self.iteration = args.num_iterations  # nothing is left to train
                 return
-            if len(saved["rngs"]) != world_size():
-                number = len(saved["rngs"])
-                raise ValueError(f"saved by {number} processes, resumed by {world_size()}")
-            load_optimizer(self.optimizer, saved["optimizer"])
-            for name in COUNTERS:
+            if (processes := len(saved["rngs"])) != world_size():
+                raise ValueError(f"saved by {processes} processes, resumed by {world_size()}")
+            if saved["optimizer"]:
+                for parameter in self.optimizer.param_groups[0]["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                self.optimizer.step()  # by gradients of 0, which only makes the moments
+            for number, moments in self.optimizer.state_dict()["state"].items():
+                for name, moment in moments.items():  # Adam would write past a shorter one's end
+                    moment.copy_(saved["optimizer"][number][name].view_as(moment))
+            for name in ("iteration", "global_step", "seconds"):
                 number = saved["run"][name]
                 if type(number) is not type(getattr(self, name)) or not 0 <= number < 2**53:
                     raise ValueError(f"{name} is {number!r}")
                 setattr(self, name, number)
             self.recent_returns = list(map(float, saved["run"]["recent_returns"]))
-            self.started -= self.seconds
             generators = (self.sampling, self.shuffling)
             for rng, state in zip(generators, saved["rngs"][rank()], strict=True):
                 if isinstance(rng, torch.Generator):
@@ -922,10 +873,9 @@ class Run(contextlib.ExitStack):
         if rank() == 0:
             results |= self.evaluate(make_envs)
         results["stopped"] = self.stopped or None
-        if rank() == 0:
-            self.write_results(results)
-            if args.capture_video:
-                self.film(make_envs, self.agent)
+        self.write_results(results)
+        if rank() == 0 and args.capture_video:
+            self.film(make_envs, self.agent)
         return results
 
     def evaluate(self, make_envs: Callable) -> dict[str, Any]:
@@ -934,15 +884,14 @@ class Run(contextlib.ExitStack):
         results: dict[str, Any] = {"eval_episodes": args.eval_episodes}
         num_envs = min(args.num_envs // world_size(), args.eval_episodes)
         self.envs = envs = RecordedEnvs(make_envs(args, num_envs))
-        for prefix, name in (("eval", "deterministic"), ("eval_stochastic", "stochastic")):
-            rng = np.random.default_rng(seed) if name == "stochastic" else None
+        for prefix, rng in (("eval", None), ("eval_stochastic", np.random.default_rng(seed))):
             scores, cut_off = evaluate(
                 self.agent, envs, args.eval_episodes, seed, rng, lambda: self.stopped != before
             )
-            mean, std = float(np.mean(scores)), float(np.std(scores))
             self.check_finite(scores)
+            mean, std = float(np.mean(scores)), float(np.std(scores))
             results |= {f"{prefix}_mean": mean, f"{prefix}_std": std, f"{prefix}_cut_off": cut_off}
-            say(f"{name} evaluation: {mean:.1f} ± {std:.1f}")
+            say(f"{'stochastic' if rng else 'deterministic'} evaluation: {mean:.1f} ± {std:.1f}")
             if cut_off:
                 say(f"{cut_off} of {len(scores)} episodes were cut off before their end")
             if self.stopped != before:
@@ -953,7 +902,7 @@ class Run(contextlib.ExitStack):
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         if self.folder is not None:
-            results["wall_seconds"] = round(time.perf_counter() - self.started, 2)
+            results["wall_seconds"] = round(time.perf_counter() - self.loop_time, 2)
             with as_user_error(self.folder, OSError):
                 write_json(self.folder / "results.json", results)
 
@@ -1031,29 +980,25 @@ def load_agent(folder: Path | str, args_class: type, agent_class: type) -> Any:
 def help_in_groups(cls: Any) -> Any:
     """Return a dataclass of two, for `--help`: the flags of a script, and those of running it."""
     fields, own = cls.__dataclass_fields__, inspect.get_annotations(cls)
-    groups, unprefixed = [], typing.cast(Any, tyro.conf.OmitArgPrefixes)
+    groups: Any = []
     for title, names in (("algorithm", own), ("run", [x for x in fields if x not in own])):
         group: Any = type(cls.__name__, cls.__bases__, {**vars(cls), "__doc__": None})  # a copy
         group.__dataclass_fields__ = {name: fields[name] for name in names}
-        groups.append((title, unprefixed[group]))
+        groups.append((title, tyro.conf.OmitArgPrefixes[group]))  # type: ignore[misc]
     return dataclasses.make_dataclass("Flags", groups)
 
 
 def parse(cls: type) -> Any:
     """Read the flags; the defaults are those of the run that is continued or evaluated."""
     if {"-h", "--help"} & set(sys.argv):
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --help | head
         tyro.cli(help_in_groups(cls), description=cls.__doc__)  # exits
     typed: Any = tyro.cli(cls)
-    RunArgs.check(typed)
     if not (typed.resume or typed.evaluate):
         return typed
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
     saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
     if ":" in saved.subject and typed.subject != saved.subject:  # to import it would run its code
-        flag = next(x for x in ("env_id", "task") if hasattr(saved, x)).replace("_", "-")
-        raise UserError(f"the run wants to import {saved.subject}: type --{flag} to allow that")
+        raise UserError(f"the run imports {saved.subject}: if it may, type its --env-id or --task")
     return tyro.cli(cls, default=saved)
 
 

@@ -182,7 +182,7 @@ def test_masks_are_read_where_they_are_given() -> None:
 def test_masks_that_are_not_one_array_of_all_parts_are_refused() -> None:
     agent, given = make_agent(ppo_discrete, env_id="test/Parts-v0"), np.empty(2, object)
     given[:] = [([1, 0], [0, 1, 1]), (np.ones(2, np.int8), np.ones(3, np.int8))]
-    with pytest.raises(UserError, match="an action_mask must be an array of 5 numbers"):
+    with pytest.raises(UserError, match="an action_mask needs 5 numbers"):
         agent.choices.masks({"action_mask": given})
 
 

@@ -1371,7 +1371,7 @@ def test_task_of_ones_own_trains_from_the_folder_of_the_command(
         with monkeypatch.context() as patch:
             patch.delitem(sys.modules, "my_task")
             outcome = run_main(rlhf, f"{flag} run", patch, capsys)
-            expect_one_line(outcome, "my_task:Echo", "type --task")
+            expect_one_line(outcome, "my_task:Echo", "--task")
             assert "my_task" not in sys.modules
     status, again, _ = run_main(rlhf, "--evaluate run --task my_task:Echo", monkeypatch, capsys)
     assert status == 0 and again[again.index("SFT") :] == out[out.index("SFT") :]
