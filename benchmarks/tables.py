@@ -338,7 +338,7 @@ BRIEF = {  # for README: the function of the rows, and the headings in each lang
         brief_speed,
         {
             "en": [":", "steps/s", "our steps/s over theirs"],
-            "zh": [":", "每秒步数", "本项目是它的"],
+            "zh": [":", "每秒步数", "本项目是它的几倍"],
         },
     ),
 }

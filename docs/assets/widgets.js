@@ -275,7 +275,7 @@
     function ending(t) {
       if (rollout.terminated[t]) return words("terminated", "终止");
       if (rollout.done[t]) return words("truncated", "截断");
-      return t === names.length - 1 ? words("cut off", "被切开") : "";
+      return t === names.length - 1 ? words("cut off", "被切断") : "";
     }
 
     function draw() {
