@@ -1,6 +1,6 @@
 """Measure the options of ppo_rlhf_toy.py that other libraries name, and its memory at GPT-2's size.
 
-    python -m benchmarks.rlhf_options                # half an hour on one core, rlhf_options.csv
+    python -m benchmarks.rlhf_options                # an hour on one core, rlhf_options.csv
     python -m benchmarks.rlhf_options --only table   # print the table of the page
     python -m benchmarks.rlhf_options --only memory  # one iteration at the size of GPT-2
 
@@ -47,6 +47,8 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
     for seed in args.arithmetic_seeds:
         yield RlhfRun("arithmetic", seed)
         yield RlhfRun("arithmetic", seed, "group whitened", "--baseline group")
+        flags = "--baseline group --group-size 4 --update-epochs 4"
+        yield RlhfRun("arithmetic", seed, "group of 4, four epochs", flags, loads_models=False)
     for seed in args.seeds:
         yield RlhfRun("reviews", seed)
         for name, flags in OPTIONS.items():
