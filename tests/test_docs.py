@@ -414,7 +414,8 @@ def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
     text = (site / "en" / "policy-gradient.html").read_text()
     markers = lines["MARKER"].findall((DOCS / "en" / "policy-gradient.md").read_text())
-    assert text.count('class="where"') == len(markers) > 3
+    for part in ("where", "code highlight"):  # two of them in a section, too
+        assert text.count(f'class="{part}"') == len(markers) > 3
     assert "<math" in text and "arithmatex" not in text
 
 

@@ -1269,7 +1269,6 @@ def test_group_baseline_is_of_scores_alone(run_ppo, monkeypatch) -> None:
     "flags",
     [
         dict(baseline="group", whiten_advantages=False),
-        dict(baseline="group", whiten_advantages=False, group_advantage="dr_grpo"),
         dict(baseline="group", whiten_advantages=False, kl_in_loss=True, kl_estimator="k2"),
         dict(baseline="group"),
     ],
@@ -1280,6 +1279,23 @@ def test_options_reach_the_enumerated_optimum(flags: dict, prove) -> None:
     assert before > 1.0
     assert after < (0.12 if "kl_in_loss" in flags else 0.05)  # k2's gradient has more variance
     assert share == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("rloo", 1.0), ("dr_grpo", 1.5)])
+def test_dr_grpo_has_the_optimum_of_a_larger_beta(kind: str, factor: float) -> None:
+    """The exact gradient over all groups of 3 of three answers vanishes at one optimum only."""
+    scores, beta, size = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64), 0.5, 3
+    log_ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    groups = torch.cartesian_prod(*[torch.arange(3)] * size)  # (27, 3)
+    advantages = rlhf.group_advantages(scores[groups].flatten(), size, kind).view(-1, size)
+    for times in (1.0, 1.5):  # 1.5 = G / (G - 1)
+        logits = (log_ref + scores / (beta * times)).requires_grad_()
+        log_pi = logits.log_softmax(0)
+        kl = rlhf.kl_penalty(log_pi, log_ref, "k1").detach()
+        probabilities = log_pi.detach()[groups].sum(1, keepdim=True).exp()
+        objective = probabilities * (advantages - beta * kl[groups]) * log_pi[groups]
+        (gradient,) = torch.autograd.grad(objective.sum(), logits)
+        assert (gradient.abs().max().item() < 1e-9) == (times == factor)
 
 
 def test_grpo_reaches_the_optimum_of_beta_times_the_deviation(run_ppo) -> None:
