@@ -62,7 +62,7 @@ class Args(RunArgs):
     d_model: int = 64  # Width of the transformers.
     context_size: int = 32  # Maximum number of tokens in a prompt and its response.
     max_new_tokens: int = 24  # Maximum number of tokens in a response, which is cut off there.
-    micro_batch_size: int = 512  # Answers in a model at once, at most; gradients are accumulated.
+    micro_batch_size: int = 512  # Maximum answers per forward pass; gradients are accumulated.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
     sft_accuracy: float = 0.46  # Accuracy that ends stage 1 if the reward is known.
@@ -89,7 +89,7 @@ class Args(RunArgs):
     value_init: Literal["reward", "policy"] = "reward"  # Model that the value model starts from.
     baseline: Literal["critic", "group"] = "critic"  # A critic, or a group of answers.
     group_size: int = 8  # G: answers to each prompt with baseline group.
-    group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # See group_advantages.
+    group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # How a group's scores compare.
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
