@@ -44,7 +44,7 @@ from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
 import experiment
-from experiment import Run, RunArgs, UserError
+from experiment import Run, RunArgs, UserError, to_device
 from gae import gae
 
 
@@ -600,7 +600,7 @@ class Batch(NamedTuple):
 
     prompts: Tensor  # (B, P)
     responses: Tensor  # (B, R)
-    mask: Tensor  # (B, R), which tokens are actions
+    mask: Tensor  # (B, R), which tokens are actions; on the CPU
     log_probs: Tensor  # (B, R), of the actions, under the policy that took them
     ref_log_probs: Tensor  # (B, R), of the actions, under the reference
     advantages: Tensor  # (B, R)
@@ -634,8 +634,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss to minimise, minus PPO's eq. 9, and what to log of it."""
     log_probs, entropies, values = models.read(batch.prompts, batch.responses)
-    # The places of the actions keep the padding out. A GPU waits here once, at each x[mask] again.
-    at = batch.mask.nonzero(as_tuple=True)
+    # Where the actions are: the padding stays out. The CPU knows, and so need not wait for a GPU.
+    at = tuple(to_device(x, log_probs.device) for x in batch.mask.nonzero(as_tuple=True))
     log_probs, entropies, values = log_probs[at], entropies[at], values[at]  # each (M,)
     log_ratio = log_probs - batch.log_probs[at]
     ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
@@ -704,7 +704,6 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         if args.baseline == "group":  # the scores are compared, then V = 0 and lambda = 1
             scores_within = group_advantages(scores, group_size, args.group_advantage)
             rewards, gae_lambda = token_rewards(scores_within, price, mask, price_coef), 1.0
-        total = rewards.sum(1, keepdim=True)  # (B, 1)
         values = torch.where(mask, values, 0.0)
         next_values = F.pad(values[:, 1:], (0, 1))
         ends = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last action; a cut-off answer ends as well
@@ -713,20 +712,21 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         )
         advantages, returns = advantages.T, returns.T
         if args.credit == "response":  # a bandit: the answer is one action, valued before it
-            advantages = (total - values[:, :1]).expand_as(values)
-            returns = total.expand_as(values)
+            returns = rewards.sum(1, keepdim=True).expand_as(values)
+            advantages = returns - values[:, :1]
         if args.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
         batch = Batch(
-            prompts, responses, mask, log_probs, ref_log_probs, advantages, returns, values
+            prompts, responses, mask.cpu(), log_probs, ref_log_probs, advantages, returns, values
         )
 
         # ---- [4] Update: K epochs of shuffled minibatches ---------------------------------------
         stats = []  # of each minibatch
         for _ in range(args.update_epochs):
-            order = torch.as_tensor(run.shuffling.permutation(args.batch_size), device=run.device)
-            for rows in order.tensor_split(args.num_minibatches):
-                minibatch = Batch(*(x[rows] for x in batch))
+            order = run.shuffling.permutation(args.batch_size)
+            shuffled = [x[to_device(order, x.device)] for x in batch]
+            parts = [x.tensor_split(args.num_minibatches) for x in shuffled]
+            for minibatch in map(Batch, *parts):  # the i-th part of every field
                 stats.append(update(models, args, run.optimizer, minibatch))
 
         # ---- [5] Log: means over the iteration --------------------------------------------------

@@ -9,6 +9,7 @@ import experiment
 import ppo_atari
 import ppo_continuous
 import ppo_discrete
+import ppo_rlhf_toy
 from tests.helpers import quick_args, read_metrics
 
 device = pytest.importorskip("tests.device", reason="this PyTorch has no devices made in Python")
@@ -33,17 +34,22 @@ def train_there(script, run_dir, **changes):
     return counts
 
 
+def assert_equal_metrics(cpu, there) -> None:
+    """Compare two iterations of two run folders."""
+    here, there = read_metrics(cpu), read_metrics(there)
+    assert len(here) == len(there) == 2 and here[0].keys() == there[0].keys()
+    for key in here[0].keys() - {"charts/SPS"}:
+        a, b = ([row[key] for row in rows] for rows in (here, there))
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5, err_msg=key)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_on_the_device_gives_the_numbers_of_the_cpu(tmp_path, setting: str) -> None:
     script, flags = SETTINGS[setting]
     flags = flags | dict(total_timesteps=2 * quick_args(script, None).batch_size)
     script.train(quick_args(script, tmp_path / "cpu", **FEW | flags))
     train_there(script, tmp_path / "there", **flags)
-    here, there = (read_metrics(tmp_path / name) for name in ("cpu", "there"))
-    assert len(here) == len(there) == 2 and here[0].keys() == there[0].keys()
-    for key in here[0].keys() - {"charts/SPS"}:
-        a, b = ([row[key] for row in rows] for rows in (here, there))
-        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5, err_msg=key)
+    assert_equal_metrics(tmp_path / "cpu", tmp_path / "there")
 
 
 @pytest.mark.parametrize("setting", ["discrete", "masked", "continuous", "learned_std", "atari"])
@@ -63,6 +69,44 @@ def test_an_iteration_waits_for_the_device_a_few_times(tmp_path, setting: str) -
     }
     limit = 5 + args.num_steps if script is ppo_atari else 8
     assert 3 <= sum(per_iteration.values()) <= limit, per_iteration
+
+
+def rlhf_args(run_dir, **changes):
+    """Return flags of a run with two micro-batches a minibatch and two minibatches an epoch."""
+    flags = dict(task="arithmetic", sft_steps=5, eval_prompts=16, num_iterations=2)
+    flags |= dict(num_layers=1, batch_size=16, micro_batch_size=4, num_minibatches=2)
+    return ppo_rlhf_toy.Args(run_dir=run_dir, **flags | dict(update_epochs=2) | changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(baseline="group", kl_in_loss=True, kl_estimator="k3")]
+)
+def test_rlhf_on_the_device_waits_in_no_update_and_once_a_token(
+    tmp_path, monkeypatch, changes
+) -> None:
+    """And it gives the numbers of the CPU."""
+    monkeypatch.setattr(ppo_rlhf_toy, "Generator", lambda _: torch.Generator())
+    args = rlhf_args(tmp_path / "cpu", device="cpu", **changes)
+    ppo_rlhf_toy.train(args)
+    waits: dict[str, list[int]] = {"update": [], "generate": []}
+
+    def watch(name: str, function) -> None:
+        def watched(*args):
+            before = counts.waits.total()
+            result = function(*args)
+            waits[name].append(counts.waits.total() - before)
+            return result
+
+        monkeypatch.setattr(ppo_rlhf_toy, name, watched)
+
+    for name in waits:
+        watch(name, getattr(ppo_rlhf_toy, name))
+    with device.imitated_device() as counts:
+        ppo_rlhf_toy.train(rlhf_args(tmp_path / "there", device=device.DEVICE, **changes))
+    assert waits["update"] == [0] * 8  # 2 iterations, 2 epochs, 2 minibatches
+    # One for the check that the policy is finite.
+    assert 1 < max(waits["generate"]) <= args.max_new_tokens + 1
+    assert_equal_metrics(tmp_path / "cpu", tmp_path / "there")
 
 
 def test_a_run_of_the_device_is_evaluated_and_resumed_on_another(tmp_path) -> None:

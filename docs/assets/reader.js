@@ -40,12 +40,13 @@
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[href*='#']");
     if (!link || link.dataset.line || link.closest(".reader-bar, .md-nav, .md-header")) return;
-    if (link.pathname === location.pathname && link.hash.length > 1) setTimeout(backLink);
+    if (link.pathname !== location.pathname) sessionStorage.jumpedTo = link.href;
+    else if (link.hash.length > 1) setTimeout(backLink);
   });
   window.addEventListener("hashchange", showTarget);
   if (/^#L-\d+$/.test(location.hash)) {
     showTarget();
-    if (history.length > 1) backLink();
+    if (sessionStorage.jumpedTo === location.href) backLink();
   }
   if (!reader) return;
 

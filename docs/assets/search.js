@@ -40,7 +40,10 @@ const post = self.postMessage.bind(self);
 self.postMessage = (message) => {
   if (message.type === RESULT && phrases.length) {
     const { items } = message.data;
-    message.data.items = items.map(with_phrases).filter((sections) => sections.length);
+    const found = items.map(with_phrases).filter((sections) => sections.length);
+    // Recipes have every name in their patches; other pages explain it.
+    const is_recipe = ([section]) => section.location.includes("/copying.");
+    message.data.items = found.sort((a, b) => is_recipe(a) - is_recipe(b));
   }
   post(message);
 };
