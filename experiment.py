@@ -4,7 +4,7 @@ RunArgs, EnvArgs                the flags that say how to run
 start, all_sum, gather, ...     seeds, device, and several processes (torchrun)
 make_vec, RecordedEnvs, ...     environments, their masks, their running statistics
 numpy_forward, ...              speed
-Run                             one training: its folder, log, checkpoints and Ctrl-C
+Run                             a training run: its folder, log, checkpoints and Ctrl-C
 evaluate, load_agent            what came out of it
 main                            the command line
 """
@@ -64,7 +64,7 @@ def as_user_error(what: Any, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a line. A terminal that has gone, or lacks a letter, must not end a training."""
+    """Print a line. A terminal that is gone, or cannot show a letter, must not stop a run."""
     try:
         print(text, flush=True)
     except (OSError, UnicodeEncodeError):
@@ -89,8 +89,8 @@ class RunArgs:
     resume: Path | None = None  # Continue the run in this folder, with the flags it had.
     evaluate: Path | None = None  # Evaluate the run in this folder instead of training.
 
-    fixed, fixed_to_resume = "", "seed"  # flags that a trained network, or its run, cannot change
-    unit, wants_gpu = "steps", False  # what a run counts; whether even narrow networks gain
+    fixed, fixed_to_resume = "", "seed"  # flags fixed for a trained network, or for its run
+    unit, wants_gpu = "steps", False  # what a run counts; whether a GPU helps narrow networks too
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for a value that cannot work."""
@@ -99,7 +99,7 @@ class RunArgs:
         self.check_range("seed", 0, 2**63 - 1)
         folders = {str(x) for x in (self.run_dir, self.resume, self.evaluate) if x is not None}
         if self.run_dir == Path() or len(folders) > 1 or (self.resume and self.evaluate):
-            raise UserError("--run-dir, --resume and --evaluate: name one folder, in one of them")
+            raise UserError("--run-dir, --resume and --evaluate: name one folder, with one of them")
 
     def check_range(self, names: str, low: float, high: float = 1e12) -> None:
         """Raise `UserError` unless each flag named is None or within [low, high]."""
@@ -116,7 +116,7 @@ class EnvArgs(RunArgs):
 
     # Keyword arguments of the environment, such as is_slippery=false map_name=8x8.
     env_kwargs: tuple[str, ...] = ()
-    # How environments run in parallel. By default as their author vectorised them, else sync.
+    # How environments run in parallel. By default, their author's vectorised version, else sync.
     # async gives each a process, which pays off for slow ones.
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None
     compile: bool = False  # Compile the loss and its gradient. Pays off in runs of minutes.
@@ -262,7 +262,7 @@ class SingleEnv(gym.Wrapper):
 
 
 def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> VectorEnv:
-    """Make environments as the flags name them; `UserError` for what the flags got wrong.
+    """Make the environments that the flags name; raise `UserError` if a flag is wrong.
 
     Environments that their author vectorised are one object, which cannot be wrapped: with a `wrap`
     of yours single ones take their place, unless the flags ask otherwise. An error inside the
@@ -292,7 +292,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
 
 
 def read_keyword(pair: str) -> tuple[str, Any]:
-    """Read name=value, in which a value is true, false, none, a literal of Python, or a string."""
+    """Read name=value, where the value is true, false, none, a Python literal, or a string."""
     name, _, text = pair.partition("=")
     words: Any = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
     words |= dict(none=None, null=None)
@@ -310,7 +310,7 @@ def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
 
 
 def refuse(args: EnvArgs, envs: VectorEnv, text: str) -> NoReturn:
-    """Close environments that a script cannot serve, and say why."""
+    """Close environments that a script cannot handle, and say why."""
     envs.close()
     raise UserError(f"--env-id {args.env_id}: {text}")
 
@@ -332,13 +332,13 @@ def flatten_observations(args: EnvArgs, envs: VectorEnv, for_images: str) -> Vec
         elif is_image(part.shape):
             refuse(args, envs, f"its observation has an image: {for_images}")
         elif not isinstance(part, Box | Discrete | MultiDiscrete | MultiBinary):
-            refuse(args, envs, f"its observation has {part}, of no fixed size")
+            refuse(args, envs, f"its observation has {part}, which has no fixed size")
     is_flat = isinstance(space, Box) and len(space.shape) == 1
     return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
 
 
 class RecordedEnvs(gym.vector.VectorWrapper):
-    """Environments that note their episodes. A reset row pays nothing and has nothing to choose."""
+    """Environments that record their episodes. A reset row has a reward of 0 and no action mask."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
@@ -417,7 +417,7 @@ class Choices:
 
 
 class Normaliser(nn.Module):
-    """Brings rows to mean 0, if `shift`, and std 1, by the moments of all rows so far.
+    """Brings rows to mean 0, if `shift`, and std 1, using the moments of all rows so far.
 
     It is saved with the agent, but stays on the CPU, where the environments are.
     """
@@ -443,7 +443,7 @@ class Normaliser(nn.Module):
             self.count += count
 
     def snapshot(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Return a function that normalises and clips rows by the present moments."""
+        """Return a function that normalises rows by the current moments and clips them."""
         if not self.enabled:
             return lambda rows: rows
         mean = (self.mean * self.shift).float().numpy()
@@ -474,7 +474,7 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     def torch_forward(x: np.ndarray) -> np.ndarray:
         device = next((p.device for p in net.parameters()), None)
         with torch.no_grad():
-            return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written on
+            return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written to
 
     layers: Any = net if is_plain(net, nn.Sequential) else [net]
     plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
@@ -502,7 +502,7 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
     """Return one vector of which all parameters of `module` become views; gradients likewise.
 
-    Clipping and Adam then take one kernel each, not one a tensor: a tenth of a small run's time.
+    Clipping and Adam then take one kernel each, not one per tensor: a small run saves a tenth.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -545,7 +545,7 @@ def compile_gradient(loss: Callable, agent: nn.Module, args: Any, parameters: Te
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """Open a new file that replaces `path` at the end: a killed run leaves the old or the new."""
+    """Open a new file that replaces `path` at the end: a killed run leaves one or the other."""
     new = path.with_suffix(".new")
     new.unlink(missing_ok=True)
     with open(new, "xb") as file:
@@ -573,7 +573,7 @@ def fits(value: Any, kind: Any) -> bool:
 def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
     """Read a folder's checkpoint as data, which runs no code; return it and its arguments."""
     with as_user_error(f"{folder} holds no run of this script", Exception):
-        if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # which torch.load does not
+        if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # torch.load does not check it
             raise ValueError("checkpoint.pt is damaged")
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, kind in typing.get_type_hints(args_class).items():
@@ -601,7 +601,7 @@ def unpack_space(packed: dict[str, Any]) -> gym.Space:
 
 
 class Run(contextlib.ExitStack):
-    """One training and its folder. On leaving it closes all that it opened, whatever happens."""
+    """A training run and its folder. On exit it closes all that it opened, whatever happens."""
 
     def __init__(self, args: Any, on_iteration: Callable | None = None):
         super().__init__()
@@ -643,7 +643,7 @@ class Run(contextlib.ExitStack):
     def make_envs(self, make_envs: Callable) -> RecordedEnvs:
         """Make this process's share of the environments."""
         if self.args.num_envs % world_size():
-            raise UserError(f"--num-envs {self.args.num_envs} for {world_size()} processes")
+            raise UserError(f"--num-envs must be a multiple of {world_size()}, the process count")
         if self.args.capture_video:
             self.film(make_envs, None)  # fails now, not after the training
         self.envs = RecordedEnvs(make_envs(self.args, self.args.num_envs // world_size()))
@@ -674,7 +674,7 @@ class Run(contextlib.ExitStack):
     # Folder and checkpoints
 
     def start(self, agent: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Open the folder, or take up its checkpoint. Call it once, before the loop."""
+        """Open the folder, or load its checkpoint. Call it once, before the loop."""
         self.agent, self.optimizer, args = agent, optimizer, self.args
         with as_user_error(args.run_dir or args.resume, OSError):
             if rank() == 0 and not args.evaluate:
@@ -683,7 +683,7 @@ class Run(contextlib.ExitStack):
                 self.restore(args.resume or args.evaluate)
             if self.folder is not None:
                 self.open_log()
-        if self.envs is not None:  # each process plays its own episodes, a resumed run other ones
+        if self.envs is not None:  # each process, and each resumed run, plays episodes of its own
             self.env_seed += self.iteration * args.num_envs + rank() * self.envs.num_envs
         step, total = (n * args.batch_size for n in (self.iteration, args.num_iterations))
         quiet = None if self.folder else True  # None: a bar only in a terminal
@@ -701,7 +701,7 @@ class Run(contextlib.ExitStack):
         if os.name == "posix":
             lock = os.open(self.folder, os.O_RDONLY)
             self.callback(os.close, lock)
-            with as_user_error(f"{self.folder}: another process trains there", BlockingIOError):
+            with as_user_error(f"{self.folder}: another process is using it", BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not args.resume and (self.folder / "args.json").exists():
             raise UserError(f"--run-dir {self.folder} holds a run: --resume it, or name another")
@@ -745,7 +745,7 @@ class Run(contextlib.ExitStack):
             checkpoint["obs_space"] = pack_space(self.envs.single_observation_space)
             checkpoint["action_space"] = pack_space(self.envs.single_action_space)
         os.fsync(self.metrics_file.fileno())  # after a power cut it has all rows of the checkpoint
-        buffer = io.BytesIO()  # torch.save hides why a disk refuses a file of its own
+        buffer = io.BytesIO()  # writing a file itself, torch.save would hide the disk's error
         torch.save(checkpoint, buffer)
         with as_user_error(self.folder, OSError), replacing(self.folder / "checkpoint.pt") as file:
             file.write(buffer.getbuffer())
@@ -769,7 +769,7 @@ class Run(contextlib.ExitStack):
                 for parameter in self.optimizer.param_groups[0]["params"]:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                self.optimizer.step()  # by gradients of 0, which only makes the moments
+                self.optimizer.step()  # with gradients of 0, only to create the moments
             for number, moments in self.optimizer.state_dict()["state"].items():
                 for name, moment in moments.items():  # Adam would write past a shorter one's end
                     moment.copy_(saved["optimizer"][number][name].view_as(moment))
@@ -786,8 +786,8 @@ class Run(contextlib.ExitStack):
                 else:
                     rng.bit_generator.state = state
         if self.iteration >= args.num_iterations and (folder / "results.json").exists():
-            what = f"{folder} is finished after {self.global_step} {args.unit}"
-            raise UserError(f"{what}: --evaluate it, or ask for more")
+            what = f"{folder} is finished, after {self.global_step} {args.unit}"
+            raise UserError(f"{what}: --evaluate it, or ask for more {args.unit}")
 
     # Each iteration
 
@@ -911,7 +911,7 @@ class Run(contextlib.ExitStack):
                 write_json(self.folder / "results.json", results)
 
     def film(self, make_envs: Callable, agent: Any) -> None:
-        """Save a video of one episode of the most likely actions; without an agent only try."""
+        """Save a video of one episode of the most likely actions; without an agent, only try it."""
         envs = RecordedEnvs(make_envs(self.args, 1, render_mode="rgb_array"))
         with contextlib.closing(envs):
             obs, info = envs.reset(seed=self.eval_seed)
@@ -940,8 +940,8 @@ def evaluate(
 ) -> tuple[list[float], int]:
     """Play whole episodes; return their returns, and how many of them were cut off.
 
-    Each environment plays its quota: the first to end in a race would be the short ones. An episode
-    is cut off after 30,000 steps. `stop` is asked before each step.
+    Each environment plays its quota: the first episodes to end would mostly be short ones. An
+    episode is cut off after 30,000 steps. `stop` is called before each step.
     """
     quotas = np.array([len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)])
     scores: list[float] = []
@@ -982,7 +982,7 @@ def load_agent(folder: Path | str, args_class: type, agent_class: type) -> Any:
 
 
 def help_in_groups(cls: Any) -> Any:
-    """Return a dataclass of two, for `--help`: the flags of a script, and those of running it."""
+    """Return a dataclass of two groups of flags for `--help`: the algorithm's and the run's."""
     fields, own = cls.__dataclass_fields__, inspect.get_annotations(cls)
     groups: Any = []
     for title, names in (("algorithm", own), ("run", [x for x in fields if x not in own])):
@@ -1001,8 +1001,8 @@ def parse(cls: type) -> Any:
         return typed
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
     saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
-    if ":" in saved.subject and typed.subject != saved.subject:  # to import it would run its code
-        raise UserError(f"the run imports {saved.subject}: if it may, type its --env-id or --task")
+    if ":" in saved.subject and typed.subject != saved.subject:  # importing it would run its code
+        raise UserError(f"the run imports {saved.subject}: to allow it, type --env-id or --task")
     return tyro.cli(cls, default=saved)
 
 

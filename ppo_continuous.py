@@ -61,11 +61,11 @@ class Args(EnvArgs):
     norm_adv: Literal["batch", "minibatch", "none"] = "minibatch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = True  # Clip the change of the value by clip_coef as well (detail 9).
+    clip_vloss: bool = True  # Limit the change in the value to clip_coef as well (detail 9).
     ent_coef: float = 0.0  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
+    target_kl: float | None = None  # KL that ends an update. Penalty: KL to aim for, 0.01 if None.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     norm_obs: bool = True  # Normalise observations by their running mean and std (detail 28).
     clip_obs: float = 10.0  # Normalised observations are clipped to this (detail 29).
@@ -94,7 +94,7 @@ class Args(EnvArgs):
         envs = self.num_envs // experiment.world_size()
         # Half the rows may be resets, and a std needs two.
         if envs * (self.num_steps // 2) < 2 * self.num_minibatches:
-            batch = f"{envs} environments of --num-steps {self.num_steps}"
+            batch = f"{envs} environments with --num-steps {self.num_steps}"
             raise UserError(f"{batch} are too few for --num-minibatches {self.num_minibatches}")
         if self.ent_coef > 0.0 and self.log_std_fall is not None:
             raise UserError("--ent-coef needs --log-std-fall None: the entropy is on a schedule")
@@ -117,7 +117,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     space: Any = envs.single_action_space
     is_box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not is_box or not math.prod(space.shape):
-        experiment.refuse(args, envs, f"its actions are {space}: ppo_discrete.py may serve them")
+        experiment.refuse(args, envs, f"its actions are {space}: ppo_discrete.py may handle them")
     if args.squash and not space.is_bounded():
         experiment.refuse(args, envs, f"--squash needs bounded actions, these are {space}")
     return experiment.flatten_observations(args, envs, for_images="docs/en/copying.md has a recipe")
@@ -136,7 +136,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """A Gaussian policy (actor) and the value function (critic), separate (details 13, 23-26)."""
+    """A Gaussian policy (actor) and value function (critic), two networks (details 13, 23-26)."""
 
     def __init__(self, args: Args, envs: Any):
         super().__init__()
@@ -162,7 +162,7 @@ class Agent(nn.Module):
     def policy(self) -> Callable[..., np.ndarray]:
         """Return a snapshot of the policy, a function (obs (N, D), rng) -> actions (N, A).
 
-        mean + std * standard normal noise is a sample; without a generator: the mode.
+        mean + std * standard normal noise is a sample; without `rng`, it is the mode.
         """
         forward = experiment.numpy_forward(self.actor)
         normalise_obs = self.obs_normaliser.snapshot()
@@ -189,7 +189,7 @@ class Agent(nn.Module):
         """Return log pi(a|s) and the entropy of pi(.|s), both (...), for actions (..., A).
 
         Dimensions are independent: log-probabilities and entropies add (detail 25). With squash,
-        log pi is that of tanh(actions), but the entropy still the Gaussian's, which has a formula.
+        log pi is that of tanh(actions), but the entropy stays the Gaussian's, which has a formula.
         """
         z = (actions - self.actor(obs)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
@@ -233,7 +233,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, take the larger of that error and that of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:

@@ -13,7 +13,7 @@ Each iteration of `train` has four parts:
     [4] Log         averages over the iteration
 
 Shapes: T num_steps, N num_envs, D observation size, B transitions in a batch or a minibatch,
-P parts of an action (1 if the space is Discrete), A choices of a part (the most of any part).
+P parts of an action (1 if the space is Discrete), A choices of the part that has the most.
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
 obs[t + 1] is its true last observation, and row t + 1 only resets the environment: its action is
@@ -58,11 +58,11 @@ class Args(EnvArgs):
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = False  # Clip the change of the value by clip_coef as well (detail 9).
+    clip_vloss: bool = False  # Limit the change in the value to clip_coef as well (detail 9).
     ent_coef: float = 0.01  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
+    target_kl: float | None = None  # KL that ends an update. Penalty: KL to aim for, 0.01 if None.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     norm_obs: bool = False  # Normalise observations by their running mean and std (details 28, 29).
     hidden_size: int = 64  # Units in each of the two hidden layers.
@@ -80,7 +80,7 @@ class Args(EnvArgs):
         envs = self.num_envs // experiment.world_size()
         # Half the rows may be resets, and a std needs two.
         if envs * (self.num_steps // 2) < 2 * self.num_minibatches:
-            batch = f"{envs} environments of --num-steps {self.num_steps}"
+            batch = f"{envs} environments with --num-steps {self.num_steps}"
             raise UserError(f"{batch} are too few for --num-minibatches {self.num_minibatches}")
 
 
@@ -136,7 +136,7 @@ class Agent(nn.Module):
     def policy(self) -> Callable[..., np.ndarray]:
         """Return a snapshot of the policy, a function (obs (N, D), masks, rng) -> actions (N, P).
 
-        argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
+        argmax(logits + Gumbel noise) samples from softmax(logits); without `rng`, it is the mode.
         """
         forward = experiment.numpy_forward(self.actor)
         normalise_obs = self.obs_normaliser.snapshot()
@@ -197,7 +197,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, take the larger of that error and that of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:

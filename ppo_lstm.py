@@ -13,7 +13,7 @@ Each iteration of `train` has four parts:
     [4] Log         averages over the iteration
 
 Shapes: T num_steps, N num_envs, M of them in a minibatch, D observation size, B transitions,
-P parts of an action (1 if the space is Discrete), A choices of a part (the most of any part),
+P parts of an action (1 if the space is Discrete), A choices of the part that has the most,
 H units of an LSTM. The state (4, N, H) is h and c of the actor's, then h and c of the critic's.
 
 Environments reset one step late (Gymnasium's NEXT_STEP autoreset). If an episode ends in row t,
@@ -60,11 +60,11 @@ class Args(EnvArgs):
     norm_adv: Literal["batch", "minibatch", "none"] = "batch"
     objective: Literal["clip", "penalty"] = "clip"  # PPO-Clip (eq. 7) or PPO-Penalty (eq. 8).
     clip_coef: float = 0.2  # Epsilon: moving the ratio further than this from 1 gains nothing.
-    clip_vloss: bool = False  # Clip the change of the value by clip_coef as well (detail 9).
+    clip_vloss: bool = False  # Limit the change in the value to clip_coef as well (detail 9).
     ent_coef: float = 0.01  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
-    target_kl: float | None = None  # KL after which an update ends. Penalty: KL to keep, or 0.01.
+    target_kl: float | None = None  # KL that ends an update. Penalty: KL to aim for, 0.01 if None.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
     hide: tuple[int, ...] = ()  # Indices of the observation to set to 0, hidden from the agent.
     norm_obs: bool = True  # Normalise observations by their running mean and std (details 28, 29).
@@ -85,7 +85,7 @@ class Args(EnvArgs):
         envs = self.num_envs // experiment.world_size()
         # Half the rows may be resets, and a std needs two.
         if envs < self.num_minibatches or self.num_steps < 4:
-            batch = f"{envs} environments of --num-steps {self.num_steps}"
+            batch = f"{envs} environments with --num-steps {self.num_steps}"
             raise UserError(f"{batch} are too few for --num-minibatches {self.num_minibatches}")
 
 
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
     obs: Tensor  # (T, M, D)
     begins: Tensor  # (T, M), bool, on the CPU: an episode begins in this row
     state: Tensor  # (4, M, H), before the first row
-    rows: Tensor  # (B,), the transitions among the T x M rows; of a rollout (T, N), bool, CPU
+    rows: Tensor  # (B,), which of the T x M rows are transitions; in a rollout, a CPU mask (T, N)
     actions: Tensor  # (B, P)
     masks: Tensor  # (B, P, A), added to the logits: 0 for a legal choice, -1e9 for any other
     log_probs: Tensor  # (B,), of the actions, under the policy that took them
@@ -190,10 +190,10 @@ class Agent(nn.Module):
         return output[place, number].chunk(2, -1)
 
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy: obs (N, D), masks, begins (N,), generator to actions.
+        """Return a snapshot of the policy, (obs (N, D), masks, begins (N,), rng) -> actions (N, P).
 
         Each call advances `state` (4, N, H), at first 0 (detail 33), by one row, in place.
-        argmax(logits + Gumbel noise) samples from softmax(logits); without a generator: the mode.
+        argmax(logits + Gumbel noise) samples from softmax(logits); without `rng`, it is the mode.
         """
         forward = experiment.numpy_forward(self.actor)
         normalise_obs = self.obs_normaliser.snapshot()
@@ -268,7 +268,7 @@ def adapt_kl_coef(kl_coef: Tensor, kl: float, target_kl: float) -> None:
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, take the larger of that error and that of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:

@@ -13,7 +13,7 @@
     ppo                 policy and value model learn to earn score - beta KL(policy, reference)
 Each iteration of `ppo` has five parts:
     [1] Rollout     the policy answers B prompts, token by token
-    [2] Score       the reward function rates each answer; leaving the reference costs each token
+    [2] Score       the reward function rates each answer; each token pays for its KL
     [3] Advantages  from a value model and GAE, or by comparing several answers to each prompt
     [4] Update      K epochs of minibatches on the clipped surrogate and the value loss
     [5] Log         averages over the iteration
@@ -22,7 +22,7 @@ Shapes: B answers in a batch, P tokens of the longest prompt, R of the longest r
 M response tokens in a minibatch. A token is an action, an answer is an episode. Prompts are padded
 on the left, responses on the right, so that all responses begin in the same column.
 
-What is not PPO (run folder, checkpoints, command line) stands in experiment.py.
+What is not PPO (run folder, checkpoints, command line) is in experiment.py.
 Papers: arXiv 1707.06347 (PPO), 1909.08593 (RLHF), 2402.14740 (RLOO), 2402.03300 (GRPO).
 "N details" is "The N Implementation Details of RLHF with PPO" (Huang et al. 2023).
 """
@@ -60,9 +60,9 @@ class Args(RunArgs):
     num_layers: int = 2  # Layers of each of the four transformers.
     num_heads: int = 4  # Attention heads of each layer.
     d_model: int = 64  # Width of the transformers.
-    context_size: int = 32  # Most tokens that a prompt and its response have together.
-    max_new_tokens: int = 24  # Most tokens of a response, which is cut off there.
-    micro_batch_size: int = 512  # Most answers in a model at once; gradients are accumulated.
+    context_size: int = 32  # Maximum number of tokens in a prompt and its response.
+    max_new_tokens: int = 24  # Maximum number of tokens in a response, which is cut off there.
+    micro_batch_size: int = 512  # Maximum answers per forward pass; gradients are accumulated.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
     sft_accuracy: float = 0.46  # Accuracy that ends stage 1 if the reward is known.
@@ -72,11 +72,11 @@ class Args(RunArgs):
     rm_epochs: int = 3  # Passes over the pairs.
     rm_batch_size: int = 32  # Pairs in an update of stage 2.
     rm_learning_rate: float = 2e-3  # Learning rate of stage 2, which falls linearly to 0.
-    rm_min_accuracy: float = 0.8  # Accuracy on held-out pairs without which PPO does not start.
+    rm_min_accuracy: float = 0.8  # Accuracy on held-out pairs below which PPO does not start.
 
     learning_rate: float = 2e-3  # Adam's learning rate in PPO.
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (N details).
-    warmup_iterations: int = 10  # Iterations in which the learning rate rises from 0 at first.
+    warmup_iterations: int = 10  # First iterations, in which the learning rate rises from 0.
     num_iterations: int | None = None  # Iterations of PPO: 40 by default, 120 for arithmetic.
     batch_size: int | None = None  # B: answers in a rollout. 128 by default, 512 for arithmetic.
     update_epochs: int | None = None  # K: passes over the batch. 4 by default, 2 for arithmetic.
@@ -89,17 +89,17 @@ class Args(RunArgs):
     value_init: Literal["reward", "policy"] = "reward"  # Model that the value model starts from.
     baseline: Literal["critic", "group"] = "critic"  # A critic, or a group of answers.
     group_size: int = 8  # G: answers to each prompt with baseline group.
-    group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # See group_advantages.
+    group_advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # How a group's scores compare.
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
     gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
     clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
     clip_coef_high: float | None = None  # Epsilon above 1, if it differs (clip-higher, DAPO).
-    clip_vloss: bool = True  # Clip the value loss by clip_coef as well (N details).
+    clip_vloss: bool = True  # Limit the change in the value to clip_coef as well (N details).
     ent_coef: float = 0.0  # Weight of the entropy bonus.
     vf_coef: float = 0.5  # Weight of the value loss.
-    max_grad_norm: float = 1.0  # Limit of the gradient's global norm.
+    max_grad_norm: float = 1.0  # The gradient's global norm is clipped to this.
 
     fixed = "task num_layers num_heads d_model context_size baseline"  # in the networks
     fixed_to_resume = "seed batch_size"
@@ -119,11 +119,11 @@ class Args(RunArgs):
         self.check_range("clip_coef clip_coef_high vf_coef max_grad_norm temperature", 1e-12)
         self.check_range("num_minibatches", 1, self.batch_size)
         if self.d_model % self.num_heads:
-            raise UserError(f"--d-model {self.d_model} must divide by --num-heads")
+            raise UserError(f"--d-model {self.d_model} must be a multiple of --num-heads")
         if self.baseline == "group" and self.batch_size % self.group_size:
-            raise UserError(f"--batch-size {self.batch_size} must divide by --group-size")
+            raise UserError(f"--batch-size {self.batch_size} must be a multiple of --group-size")
         if self.kl_in_loss and self.kl_estimator == "k1":
-            raise UserError("--kl-in-loss: the gradient of k1 is 0 on average, --kl-estimator k2")
+            raise UserError("--kl-in-loss: k1's gradient is 0 on average, use --kl-estimator k2")
 
 
 class Tokenizer:
@@ -142,7 +142,7 @@ class Tokenizer:
         return [self.words.index(word) for word in words]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of tokens among which are neither PAD nor EOS."""
+        """Return the text of tokens, none of which is PAD or EOS."""
         return self.separator.join(self.words[token] for token in tokens)
 
     def block(self, rows: Iterable[list[int]], left: bool, device: torch.device) -> Tensor:
@@ -154,7 +154,7 @@ class Tokenizer:
 class Task:
     """What is asked, and what an answer is worth. A task of your own has to define
 
-    tokenizer, prompt_size            and what else should differ from the defaults here
+    tokenizer, prompt_size            and whatever should differ from the defaults here
     prompts(count, rng, held_out)     draw prompts, held-out ones for the evaluation
     demonstration(prompt, rng)        write an answer for stage 1 to imitate
     gold(prompt, response)            return the true worth of an answer, in [0, 1]
@@ -166,7 +166,7 @@ class Task:
     batch_size, num_iterations, update_epochs, sft_steps = 128, 40, 4, 500  # defaults of the flags
 
     def network(self, args: Args, head_size: int) -> "Transformer":
-        """Return a network. One of yours is a subclass that has a linear layer `head`, too."""
+        """Return a network. Your own is a subclass of Transformer with a linear layer `head`."""
         return Transformer(args, self.tokenizer, head_size)
 
     def gold_scores(self, prompts: list[str], responses: list[str]) -> list[float]:
@@ -189,7 +189,7 @@ class Reviews(Task):
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
         nouns = (rng.permutation(self.nouns)[: rng.integers(1, 4)] for _ in range(count))
-        return [" ".join((*some, ":")) for some in nouns]  # of 1,464: none can be held out
+        return [" ".join((*some, ":")) for some in nouns]  # only 1,464: too few to hold any out
 
     def demonstration(self, prompt: str, rng: np.random.Generator) -> str:
         nouns = prompt.split()[:-1]
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, cache: dict | None = None) -> Tensor:
-        """Take tokens (B, S), after those in the cache, to the head's output (B, S, head)."""
+        """Map tokens (B, S), which follow those in the cache, to the head's output (B, S, head)."""
         seen = tokens
         if cache is not None:  # keys and values stay valid: no token attends to a later one
             seen = cache["tokens"] = torch.cat([cache.get("tokens", tokens[:, :0]), tokens], dim=1)
@@ -336,7 +336,7 @@ def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = N
 
 
 class Models(nn.Module):
-    """The four models, saved together, and the number of stages that have made theirs."""
+    """The four models, saved together, and the number of stages that are done."""
 
     def __init__(self, args: Args, task: Task, learned: bool):
         super().__init__()
@@ -392,7 +392,7 @@ class Rollout(NamedTuple):
     responses: Tensor  # (B, R)
     log_probs: Tensor  # (B, R), of the responses, as they were sampled
     mask: Tensor  # (B, R), which tokens are actions
-    ended: Tensor  # (B,), whether the policy ended its answer, which else was cut off
+    ended: Tensor  # (B,), whether the policy ended its answer; otherwise it was cut off
 
 
 def action_mask(responses: Tensor, pad: int) -> Tensor:
@@ -420,7 +420,7 @@ def generate(
         if not running.any():  # a GPU waits only here
             break
     if not log_probs.isfinite().all():
-        raise UserError("the policy is not finite: lower --learning-rate, --sft-learning-rate")
+        raise UserError("the policy is not finite: lower --learning-rate or --sft-learning-rate")
     return responses, log_probs
 
 
@@ -455,7 +455,7 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
     optimizer = Adam(model.parameters(), eps=1e-5, fused=True)
     for step in tqdm(range(args.sft_steps), "SFT", disable=None):
         if run.stopped:
-            raise UserError(f"stopped in the stage SFT: --resume {run.folder} restarts it")
+            raise UserError(f"stopped in the SFT stage: --resume {run.folder} restarts it")
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1.0 - step / args.sft_steps)
         texts = task.prompts(args.sft_batch_size, rng)
         replies = [[*tokenizer.encode(task.demonstration(x, rng)), tokenizer.eos] for x in texts]
@@ -478,7 +478,7 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return -mean(log P) of scores (B,), P = sigmoid(chosen - rejected): the judge chose so."""
+    """Return -mean(log P(chosen over rejected)), P = sigmoid(chosen - rejected), scores (B,)."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -498,7 +498,7 @@ def train_reward_model(args: Args, task: Task, run: Run, models: Models) -> Tran
     held_out = max(args.rm_pairs // 4, 16)
     texts = task.prompts(2 * (args.rm_pairs + held_out), rng)  # more than needed: some will tie
     answers = answer(args, models.reference, texts * 2, generator).answers
-    pairs = []  # of which a noisy judge prefers the second text to the third; ties are skipped
+    pairs = []  # (prompt, chosen, rejected), as a noisy judge decided; ties are skipped
     for text, a, b in zip(texts, answers, answers[len(texts) :]):
         margin = task.gold(text, a) - task.gold(text, b)
         if margin != 0.0:
@@ -517,7 +517,7 @@ def train_reward_model(args: Args, task: Task, run: Run, models: Models) -> Tran
     batches = [rows for order in orders for rows in order.split(args.rm_batch_size)]
     for step, rows in enumerate(tqdm(batches, "reward model", disable=None)):
         if run.stopped:
-            raise UserError(f"stopped in the stage reward model: --resume {run.folder} restarts it")
+            raise UserError(f"stopped in the reward model stage: --resume {run.folder} restarts it")
         optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1.0 - step / len(batches))
         loss = bradley_terry_loss(*compare([pairs[i] for i in rows.tolist()]))
         loss.backward()
@@ -528,7 +528,7 @@ def train_reward_model(args: Args, task: Task, run: Run, models: Models) -> Tran
     chosen_scores, rejected_scores = compare(test_pairs)
     accuracy = (chosen_scores > rejected_scores).float().mean().item()
     if accuracy < args.rm_min_accuracy:  # PPO would exploit the model's errors
-        raise UserError(f"--rm-min-accuracy: only {accuracy:.2f}, raise --rm-pairs or --sft-steps")
+        raise UserError(f"--rm-min-accuracy: got {accuracy:.2f}, raise --rm-pairs or --sft-steps")
     texts = task.prompts(512, rng)
     answers = answer(args, models.reference, texts, generator).answers
     scores = read_scores(args, model, texts, answers)
@@ -554,7 +554,7 @@ def score_answers(args: Args, reward_fn: Callable, rollout: Rollout) -> Tensor:
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Return an estimate of KL(policy, reference) in nats from each sampled token.
 
-    As a reward only k1 has its gradient; in the loss k2 has a token's, k3 that of KL(ref, policy).
+    In the reward only k1 has its gradient; in the loss, k2 has it per token, k3 KL(ref, policy)'s.
     """
     log_ratio = log_probs - ref_log_probs
     if estimator == "k2":
@@ -573,12 +573,12 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
     """Return by how much each score exceeds those of the other answers to its prompt, (B,).
 
-    dr_grpo: s - mean. rloo: s - mean of the others, which is G / (G - 1) as much.
+    dr_grpo: s - mean. rloo: s - mean of the others, which is G / (G - 1) times as much.
     grpo: (s - mean) / standard deviation.
     """
     groups = scores.view(-1, group_size)  # (B / G, G)
     advantages = groups - groups.mean(1, keepdim=True)
-    # Of equal scores only a rounding error is left, which a deviation or Adam would blow up.
+    # Equal scores leave only rounding errors, which a division by std or Adam would blow up.
     is_tie = advantages.abs() < 1e-6 * groups.abs().amax(1, keepdim=True)
     advantages = advantages.masked_fill(is_tie, 0.0)
     if kind == "rloo":
@@ -605,7 +605,7 @@ class Batch(NamedTuple):
     ref_log_probs: Tensor  # (B, R), of the actions, under the reference
     advantages: Tensor  # (B, R)
     returns: Tensor  # (B, R), targets of the value model
-    values: Tensor  # (B, R), as the value model saw them before the update
+    values: Tensor  # (B, R), the value model's estimates before the update
 
 
 def clipped_surrogate(
@@ -622,7 +622,7 @@ def clipped_surrogate(
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Return mean((V - returns)^2) / 2.
 
-    With `clip`, the larger of that error and the one of V kept within `clip` of its old value.
+    With `clip`, take the larger of that error and that of V kept within `clip` of its old value.
     """
     errors = (values - returns).square()
     if clip is not None:
@@ -759,7 +759,7 @@ def evaluate(
     prompts = task.prompts(args.eval_prompts, rng, held_out=True)
     rollout = answer(args, policy, prompts, generator)
     if run.stopped:
-        raise UserError("stopped in the evaluation")
+        raise UserError("stopped during the evaluation")
     for text, reply in zip(prompts[:4], rollout.answers):
         experiment.say(f"    {text} {reply}")
     read = models.reference.log_prob_and_entropy
@@ -777,7 +777,7 @@ def evaluate(
 def train(
     args: Args, reward_fn: Callable | None = None, on_iteration: Callable | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Run the stages, PPO on a `reward_fn` of yours if given; return policy and results.
+    """Run the stages, with your own `reward_fn` if given; return the policy and the results.
 
     `on_iteration(step, metrics)` is called after each iteration of PPO; True ends the training.
     """
@@ -797,7 +797,7 @@ def train(
         run.shuffling, run.sampling = streams(args, 3, run.device)
         run.start(models, optimizer)
         if args.evaluate and models.stages_done < 3:
-            raise UserError(f"--evaluate {args.evaluate}: it has no policy yet, --resume it")
+            raise UserError(f"--evaluate {args.evaluate}: it has no policy yet: --resume it")
         run.save()  # from now on the run can be resumed
 
         # ---- Stage 1: the reference, which is also the first policy ----------------------------

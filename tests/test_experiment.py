@@ -478,7 +478,7 @@ def test_a_folder_in_use_is_refused_and_not_touched(run_dir) -> None:
 
     def second(step: int, _: dict) -> bool:
         for args in (args_first, dataclasses.replace(args_first, resume=run_dir)):
-            with pytest.raises(UserError, match="another process trains there"):
+            with pytest.raises(UserError, match="another process is using it"):
                 ppo_discrete.train(args)
             refused.append(step)
         return len(refused) >= 6
