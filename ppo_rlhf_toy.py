@@ -632,7 +632,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss to minimise, minus PPO's eq. 9, and what to log of it."""
+    """Return the loss to minimise (PPO's eq. 9, negated) and statistics to log."""
     log_probs, entropies, values = models.read(batch.prompts, batch.responses)
     # Where the actions are: the padding stays out. The CPU knows, and so need not wait for a GPU.
     at = tuple(to_device(x, log_probs.device) for x in batch.mask.nonzero(as_tuple=True))
@@ -664,11 +664,11 @@ def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str
 
 
 def update(models: Models, args: Args, optimizer: Optimizer, minibatch: Batch) -> dict[str, Tensor]:
-    """Take one step down the sum of the micro-batches' gradients; return what to log of it."""
+    """Take one step down the sum of the micro-batches' gradients; return statistics to log."""
     stats: dict[str, Any] = {}
     for columns in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
         part = Batch(*columns)
-        weight = part.mask.sum() / minibatch.mask.sum()  # of its mean in that of all tokens
+        weight = part.mask.sum() / minibatch.mask.sum()  # this part's share of all tokens
         loss, figures = ppo_loss(models, args, part)
         (weight * loss).backward()
         stats = {name: stats.get(name, 0.0) + weight * x for name, x in figures.items()}
@@ -732,7 +732,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         # ---- [5] Log: means over the iteration --------------------------------------------------
         run.global_step += args.batch_size
         losses = {f"losses/{name}": x for name, x in run.average(stats).items()}
-        first_ratios = (log_probs - rollout.log_probs)[mask].exp()  # of no step: all are 1
+        first_ratios = (log_probs - rollout.log_probs)[mask].exp()  # before any step: all are 1
         unexplained = (returns - values)[mask].var() / returns[mask].var()
         kl = (log_probs - ref_log_probs).masked_fill(~mask, 0.0).sum(1).mean().item()
         metrics = {

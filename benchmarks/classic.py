@@ -3,7 +3,7 @@
     python -m benchmarks.classic --processes 2             # 10 seeds, lines of classic.csv
     python -m benchmarks.tables --table classic.csv        # the table, with published figures
 
-Stable-Baselines3 has the hyperparameters that rl-baselines3-zoo tuned for each task. Ours are the
+Stable-Baselines3 has the hyperparameters that rl-baselines3-zoo lists for each task. Ours are the
 defaults with the flags below; those of ppo_discrete.py were chosen on seeds 100 to 239 of CartPole.
 """
 

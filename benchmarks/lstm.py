@@ -10,9 +10,10 @@
 
 Returns: CartPole, Acrobot and LunarLander with all velocities set to 0, and the same steps for all.
 ppo_lstm.py and ppo_discrete.py use their defaults, the latter on the last four observations.
-RecurrentPPO uses the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16);
-for Acrobot, those were tuned with velocities. Its two LSTMs have 256 units; --units 64 gives them
-the size of ours and takes less time. Each run adds one line to results/lstm.csv.
+RecurrentPPO uses the hyperparameters of rl-baselines3-zoo (hyperparams/ppo_lstm.yml at 038ab16),
+before it tuned them; Acrobot's are meant for observations with velocities. Its two LSTMs have 256
+units; --units 64 gives them the size of ours and takes less time. Each run adds one line to
+results/lstm.csv.
 
 Speed: the same environments, rollout, minibatches, epochs and network: an LSTM of 64 units each
 for policy and critic, then a layer of 64, ReLU. Every run is a separate process on one core, and

@@ -14,7 +14,7 @@ MUJOCO = {
     "InvertedPendulum-v5": "1,000 ± 0 T",
     "InvertedDoublePendulum-v5": "9,231 ± 270 T",
 }
-# B as above after 500k steps, Z rl-baselines3-zoo: one run, tuned for the task.
+# B as above after 500k steps, Z rl-baselines3-zoo: one run, with the task's own settings.
 CLASSIC = {
     "CartPole-v1": "497.5 ± 4.0 B, 500 Z (100k)",
     "Acrobot-v1": "-81.8 ± 5.6 B, -73.5 Z (1M)",

@@ -1,4 +1,4 @@
-"""Train Stable-Baselines3's PPO as rl-baselines3-zoo tuned it, for benchmarks/classic.py.
+"""Train Stable-Baselines3's PPO with rl-baselines3-zoo's settings, for benchmarks/classic.py.
 
 It takes our scripts' flags and writes what they write, results.json and metrics.csv, so that the
 same runner reads it. Evaluation is ours: 100 episodes on fresh environments, each in one of its
