@@ -245,6 +245,12 @@ def rlhf(rows: Rows) -> str:
     return markdown_table([":seed", *["beta"] * with_beta, *columns.values()], lines)
 
 
+def mean_and_deviation(x: np.ndarray) -> str:
+    if len(x) < 2:
+        return f"{x[0]:.2f}" if len(x) else "-"
+    return f"{x.mean():.2f} ± {x.std():.2f}"
+
+
 def rlhf_details(rows: Rows) -> str:
     """Return one line per change, marked where the 95 % interval of its difference excludes 0."""
     columns = {
@@ -260,9 +266,53 @@ def rlhf_details(rows: Rows) -> str:
 
     def cell(group: Rows, column: str) -> str:
         x, default = numbers(group, column), numbers(groups[("default",)], column)
-        return f"{x.mean():.2f} ± {x.std():.2f}{significance(x, default)}" if len(x) else "-"
+        return mean_and_deviation(x) + significance(x, default)
 
     lines = [[name, *(cell(group, x) for x in columns)] for (name,), group in groups.items()]
+    return markdown_table([":", *columns.values()], lines)
+
+
+def rlhf_options(rows: Rows) -> str:
+    """Return one line per option of the reviews, means over the seeds."""
+    columns = {
+        "optimum_kl": "KL to the optimum",
+        "optimum_share": "share of the optimum",
+        "gold": "gold",
+        "length": "tokens",
+        "kl": "KL to the reference",
+        "eos_rate": "EOS",
+    }
+    lines = [
+        [name, len(group), *(mean_and_deviation(numbers(group, x)) for x in columns)]
+        for (name,), group in group_by(rows, "option").items()
+    ]
+    return markdown_table([":", "seeds", *columns.values()], lines)
+
+
+def lstm(rows: Rows) -> str:
+    """Return one line for each environment, script and configuration."""
+    lines = []
+    for (env_id,), task in group_by(rows, "env_id").items():
+        form = ",.2f" if "TMaze" in env_id else ",.1f"
+        for (script, config), group in group_by(task, "script", "config").items():
+            x, sampled = numbers(group, "eval_mean"), numbers(group, "eval_stochastic_mean")
+            steps = f"{numbers(group, 'global_step').mean():,.0f}"
+            line = [env_id.rpartition(":")[2], script, config, steps, len(group)]
+            lines.append(line + [f"{x:{form}}" for x in (x.mean(), x.min(), sampled.mean())])
+    heads = [":environment", ":script", ":", "steps", "seeds"]
+    return markdown_table([*heads, "likeliest actions", "lowest seed", "sampled"], lines)
+
+
+def lstm_speed(rows: Rows) -> str:
+    """Return the medians of each contender."""
+    columns = {
+        "steps_per_second": "steps/s",
+        "steps_per_cpu_second": "steps per second of processor time",
+    }
+    lines = [
+        [name, *(f"{np.median(numbers(group, x)):,.0f}" for x in columns)]
+        for (name,), group in group_by(rows, "contender").items()
+    ]
     return markdown_table([":", *columns.values()], lines)
 
 
@@ -356,6 +406,9 @@ TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
     "overhead.csv": (medians, "part"),
     "rlhf.csv": (rlhf, "task"),
     "rlhf_details.csv": (rlhf_details, ""),
+    "rlhf_options.csv": (rlhf_options, "task"),
+    "lstm.csv": (lstm, ""),
+    "lstm_speed.csv": (lstm_speed, ""),
 }
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     figures,
     gpu,
     jobs,
+    lstm,
     overhead,
     pitfalls,
     rlhf,
@@ -568,11 +569,11 @@ def test_a_changed_detail_is_a_line() -> None:
     assert list(line) == list(committed) and line["global_step"] in range(40, 65)
 
 
-def test_stable_baselines3_is_a_line_of_the_same_columns() -> None:
-    training = run.Training(
-        "Stable-Baselines3", "CartPole-v1", "x", 1, "--total-timesteps 256", [classic.SB3]
-    )
-    (line,) = training.line(0)
+@pytest.mark.parametrize("more", ["", " --units 8"])
+def test_stable_baselines3_is_a_line_of_the_same_columns(more: str) -> None:
+    """Its PPO, and with --units sb3-contrib's with a memory."""
+    flags = f"--total-timesteps 256{more}"
+    (line,) = run.Training("Peer", "CartPole-v1", "x", 1, flags, [classic.SB3]).line(0)
     (committed, *_) = jobs.read(jobs.RESULTS / "classic.csv")
     assert list(line) == list(committed) and line["global_step"] == 256
 
@@ -586,6 +587,17 @@ def test_speed_is_a_line() -> None:
     assert line["rows"] == 128 and line["steps_per_second"] > 0 and line["peak_mb"] > 50
 
 
+def test_speed_with_a_memory_is_a_line() -> None:
+    (committed, *_) = jobs.read(jobs.RESULTS / "lstm_speed.csv")
+    for contender in lstm.contenders():
+        small = dict(num_envs=4, num_steps=16, total_timesteps=192)
+        settings = dataclasses.replace(contender.settings, **small)
+        contender = dataclasses.replace(contender, settings=settings)
+        (line,) = lstm.measure_speed(contender, 1, 0)
+        assert list(line) == list(committed) and line["rows"] == 64
+        assert line["steps_per_second"] > 0 and line["steps_per_cpu_second"] > 0
+
+
 def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     flags = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
     flags += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
@@ -596,16 +608,9 @@ def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     (option,) = rlhf_options.line(run, tmp_path, 0)
     assert {name: option[name] for name in line} == line
     assert option["option"] == "default" and option["optimum_kl"] > 0.0
-    table = rlhf_options.markdown([option | {"task": "reviews", "gold": 0.5}])
+    jobs.append(tmp_path / "rlhf_options.csv", [option])
+    table = tables.markdown(tables.Args(table="rlhf_options.csv", results=tmp_path))
     assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} |")
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_page_has_the_table_of_the_options_of_rlhf(language: str) -> None:
-    page = (jobs.ROOT / "docs" / language / "rlhf.md").read_text()
-    mark = "<!-- lines of python -m benchmarks.rlhf_options --only table -->\n\n"
-    table = rlhf_options.markdown(jobs.read(jobs.RESULTS / "rlhf_options.csv"))
-    assert f"{mark}{table}\n\n<!-- end -->" in page
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
