@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import functools
 import importlib
 import json
 import os
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from queue import Queue
@@ -177,7 +177,7 @@ def wrapped(script: ModuleType, wraps: dict[str, Callable]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for path, wrap in wraps.items():
             *owners, name = path.split(".")
-            owner = functools.reduce(getattr, owners, script)
+            owner = reduce(getattr, owners, script)
             stack.enter_context(mock.patch.object(owner, name, bind(wrap, getattr(owner, name))))
         yield
 
@@ -252,34 +252,25 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         sys.exit(1)
 
 
-Quantities = dict[tuple[str, str], float]  # (line, column) of a part of the table: value
-
-
-@dataclass
-class Measurement:
-    """A function, and one of the quantities that it returns."""
-
-    part: str
-    case: str
-    quantity: str
-    measure: Callable[[], Quantities]
-
-    def lines(self, number: int) -> list[dict]:
-        """Measure; return the table's lines of this round."""
-        at = {"torch": version("torch"), "commit": commit()}
-        return [
-            {"part": self.part, "case": case, "quantity": quantity, "round": number}
-            | {"value": f"{value:.5g}"}
-            | at
-            for (case, quantity), value in self.measure().items()
-        ]
+Quantities = dict[tuple[str, str], float]  # (case, quantity), a line and a column: value
+# The part of the table, case and quantity of one of the values, and the function that measures.
+Measurement = tuple[str, str, str, Callable[[], Quantities]]
 
 
 def measure_all(measurements: Sequence[Measurement], rounds: int, table: Path) -> None:
     """Take all measurements in turn, round after round."""
+
+    def lines(part: str, number: int, measure: Callable[[], Quantities], core: int) -> list[dict]:
+        at = {"torch": version("torch"), "commit": commit()}
+        return [
+            {"part": part, "case": case, "quantity": name, "round": number, "value": f"{x:.5g}"}
+            | at
+            for (case, name), x in measure().items()
+        ]
+
     jobs = [
-        Job((x.part, x.case, x.quantity, number), lambda _, x=x, number=number: x.lines(number))
+        Job((part, case, quantity, number), partial(lines, part, number, measure))
         for number in range(1, rounds + 1)
-        for x in measurements
+        for part, case, quantity, measure in measurements
     ]
     run_jobs(jobs, table, ("part", "case", "quantity", "round"))

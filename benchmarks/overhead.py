@@ -117,10 +117,10 @@ def measurements(what: str) -> Iterator[Measurement]:
             ("--compile, CartPole", *CART, " --compile", ()),
             ("--compile, HalfCheetah", *CHEETAH, " --compile", ()),
         ):
-            yield Measurement(what, name, "times", partial(gain, name, *run))
+            yield what, name, "times", partial(gain, name, *run)
     for script, flags in (CART, CHEETAH) if what == "checkpoints" else ():
         case, quantity = f"{script} {flags}", "checkpoints, % of the time"
-        yield Measurement(what, case, quantity, partial(checkpoints, script, flags))
+        yield what, case, quantity, partial(checkpoints, script, flags)
 
 
 def main() -> None:
