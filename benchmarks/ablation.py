@@ -9,11 +9,12 @@ are there. The others lead from faithful to an earlier default, with many more c
 the changes of the lines above. Of those lines, only the first can still be run.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import tyro
 
-from benchmarks.jobs import Shared, append, read
+from benchmarks.jobs import Shared, append, by_key
 from benchmarks.run import KEY, Training, train_all
 
 SCRIPT = "ppo_continuous.py"
@@ -51,23 +52,18 @@ def main() -> None:
     if args.quick:
         seeds, env_ids, more = (1,), ("Pendulum-v1",), "--total-timesteps 10000"
     table = args.path("ablation.csv")
-    there = {tuple(row[column] for column in KEY) for row in read(table)}
-    for row in read(args.path("continuous.csv")):
-        wanted = row["config"] == DEFAULT and row["env_id"] in env_ids
-        wanted = wanted and row["seed"] in map(str, seeds)
-        key = tuple(row[column] for column in KEY)
-        if wanted and key not in there:
-            append(table, [row])
-            there.add(key)
+    there, defaults = by_key(table, KEY), by_key(args.path("continuous.csv"), KEY)
     trainings = []
-    for seed in seeds:
-        for env_id in env_ids:
-            for name, flags in LINES.items():
-                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with older flags
-                    print(f"{SCRIPT} {env_id} {name} {seed}: already in {table}")
-                else:
-                    flags = f"{more} {flags}".strip()
-                    trainings.append(Training(SCRIPT, env_id, name, seed, flags))
+    for seed, env_id in itertools.product(seeds, env_ids):
+        for name, flags in LINES.items():
+            key = (SCRIPT, env_id, name, str(seed))
+            if key in there:  # perhaps with older flags
+                print(f"{' '.join(key)}: already in {table}")
+            elif key in defaults:
+                append(table, [defaults[key]])
+            else:
+                flags = f"{more} {flags}".strip()
+                trainings.append(Training(SCRIPT, env_id, name, seed, flags))
     train_all(trainings, table, args.processes)
 
 

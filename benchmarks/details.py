@@ -115,7 +115,6 @@ def main() -> None:
             steps = 20_000 if args.quick else steps
             flags = f"--total-timesteps {steps} {EVALUATIONS[script]} {change.flags}".strip()
             program = wrapped_script(script, f"details.WRAPS[{change.name!r}]")
-            program = program if change.wraps else ()
             trainings.append(Training(script, env_id, change.name, seed, flags, program))
     train_all(trainings, args.path("details.csv"), args.processes, curves=False)
 

@@ -51,6 +51,11 @@ def read(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def by_key(table: Path, key: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """Return the lines of a table by the values of its key columns."""
+    return {tuple(line[column] for column in key): line for line in read(table)}
+
+
 def append(table: Path, lines: Sequence[dict]) -> None:
     """Write more lines. Raises `ValueError` if the table has other columns."""
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +218,7 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
 
     A job that fails leaves no line, does not stop the others, and makes the exit status 1.
     """
-    done = {tuple(row[column] for column in key): row for row in read(table)}
-    todo, cores, lock = [], Queue[int](), threading.Lock()
+    done, todo, cores, lock = by_key(table, key), [], Queue[int](), threading.Lock()
     for core in range(processes):
         cores.put(core)
     for job in jobs:

@@ -32,6 +32,8 @@ gold proxy grammatical greedy_gold kl length eos_rate distinct optimum_share sft
 sft_greedy_accuracy accuracy greedy_accuracy wall_seconds""".split()
 GRAMMARS = {"reviews": toy.Reviews.grammar, "arithmetic": re.compile("0|[1-9][0-9]*")}
 RUNS = ROOT / "runs" / "benchmark-rlhf"
+# The seed with which beta is swept, and the values beside the default 0.1 and 0, which all have.
+SWEPT, BETAS = 1, (0.01, 0.03, 0.3)
 
 
 @dataclass
@@ -39,8 +41,6 @@ class Args(Shared):
     """Run the benchmark of the RLHF script."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4)  # of the default runs and of beta 0
-    betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.3)  # of the sweep, beside the default 0.1
-    sweep_seeds: tuple[int, ...] = (1,)  # seeds that run all betas, not only 0.1 and 0
     arithmetic_seeds: tuple[int, ...] = (1, 2, 3)
     runs: Path = RUNS  # where the run folders go
     only: Literal["all", "reviews", "arithmetic", "figure"] = "all"
@@ -74,9 +74,10 @@ class RlhfRun:
         """Train and return the table's line."""
         at, run = commit(), self.train(runs, core)
         folder = Path(run.results["run_dir"])
-        args, *_ = load(folder)
+        args, task, models = load(folder)
         measured = {"task": self.task, "seed": self.seed, "kl_coef": args.kl_coef}
-        measured |= run.results | measures_of(folder) | {"optimum_share": optimum_of(folder)[0]}
+        measured |= run.results | measures_of(args, task, models)
+        measured["optimum_share"], _ = optimum_of(folder)
         if self.task == "arithmetic":
             measured = {name.replace("gold", "accuracy"): x for name, x in measured.items()}
         line = {name: measured.get(name) for name in MEASURES}
@@ -86,9 +87,8 @@ class RlhfRun:
         return line | {"flags": " ".join(self.flags), "torch": version("torch"), "commit": at}
 
 
-def measures_of(folder: Path) -> dict[str, float]:
+def measures_of(args: toy.Args, task: toy.Task, models: toy.Models) -> dict[str, float]:
     """Return what the script leaves out, of the answers that it evaluated and of greedy ones."""
-    args, task, models = load(folder)
     measures = {}
     for prefix, model in (("sft_", models.reference), ("", models.policy)):
         rng, generator = toy.streams(args, 4, torch.device("cpu"))
@@ -107,7 +107,7 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
     """Yield the runs, those with the default beta before those that need their models."""
     for seed in args.seeds if args.only in ("all", "reviews") else ():
         yield RlhfRun("reviews", seed)
-        for beta in args.betas if seed in args.sweep_seeds else (0.0,):
+        for beta in (0.0, *BETAS) if seed == SWEPT else (0.0,):
             yield RlhfRun("reviews", seed, f"beta {beta}", f"--kl-coef {beta}")
     for seed in args.arithmetic_seeds if args.only in ("all", "arithmetic") else ():
         yield RlhfRun("arithmetic", seed)
@@ -122,7 +122,7 @@ def main() -> None:
     ]
     run_jobs(jobs, table, ("flags",))
     if args.only != "arithmetic":
-        swept = "reviews", str(args.sweep_seeds[0])
+        swept = "reviews", str(SWEPT)
         rows = [row for row in read(table) if (row["task"], row["seed"]) == swept]
         if not rows:
             sys.exit(f"nothing to draw: {table} has no line of {' '.join(swept)}")

@@ -142,10 +142,9 @@ class Args(Shared):
 
 def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
     """Return the run of a change."""
-    run = RlhfRun("reviews", seed, change.name, change.flags, loads_models=change.loads_models)
-    if change.wraps:
-        run.program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
-    return run
+    program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
+    name, flags = change.name, change.flags
+    return RlhfRun("reviews", seed, name, flags, program, loads_models=change.loads_models)
 
 
 def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:

@@ -86,8 +86,8 @@ def significance(x: np.ndarray, default: np.ndarray) -> str:
     return " ▼" if high < 0.0 else " ▲" if low > 0.0 else ""
 
 
-def median_and_range(values: Sequence[float], form: str) -> str:
-    return f"{np.median(values):{form}} | {min(values):{form}} - {max(values):{form}}"
+def median_and_range(x: np.ndarray, form: str) -> list[str]:
+    return [f"{np.median(x):{form}}", f"{x.min():{form}} - {x.max():{form}}"]
 
 
 # ---- The tables --------------------------------------------------------------------------------
@@ -144,24 +144,30 @@ def speed(rows: Rows) -> str:
     return (solved if rows[0]["work"] == "solve" else steps_per_second)(rows)
 
 
-def steps_per_second(rows: Rows) -> str:
+def median_memory(group: Rows) -> str:
+    return f"{np.median(numbers(group, 'peak_mb')):,.0f}"
+
+
+def rates(rows: Rows) -> list[list[str]]:
     """Return steps per second and memory of each contender, and how far ours is ahead."""
     groups = group_by(rows, "contender")
-    rates = {
-        name: {row["round"]: float(row["steps_per_second"]) for row in group}
-        for (name,), group in groups.items()
-    }
-    ours = rates[next(name for name in rates if name.startswith("ppo_"))]
+    ours = next(group for (name,), group in groups.items() if name.startswith("ppo_"))
+    rates = {row["round"]: float(row["steps_per_second"]) for row in ours}
     lines = []
     for (name,), group in groups.items():
-        theirs = rates[name]
-        ratio = np.median([ours[number] / theirs[number] for number in theirs if number in ours])
-        memory = f"{np.median(numbers(group, 'peak_mb')):,.0f}"
-        rate = median_and_range([*theirs.values()], ",.0f")
-        lines.append([name, versions(group), rate, f"{ratio:.2f}x", memory, group[0]["remark"]])
+        shared = [row for row in group if row["round"] in rates]
+        ratios = [rates[row["round"]] / float(row["steps_per_second"]) for row in shared]
+        line = [name, versions(group)]
+        line += median_and_range(numbers(group, "steps_per_second"), ",.0f")
+        line += [f"{np.median(ratios):.2f}x", median_memory(group), group[0]["remark"]]
+        lines.append(line)
+    return lines
+
+
+def steps_per_second(rows: Rows) -> str:
     heads = [":", ":version", "steps/s, median", "lowest - highest"]
     heads += ["our steps/s over theirs, median of the rounds", "peak memory, MB", ":not the same"]
-    return f"{markdown_table(heads, lines)}\n\n{settings_in_words(rows[0])}"
+    return f"{markdown_table(heads, rates(rows))}\n\n{settings_in_words(rows[0])}"
 
 
 def solved(rows: Rows) -> str:
@@ -169,11 +175,11 @@ def solved(rows: Rows) -> str:
     lines, notes = [], [settings_in_words(rows[0])]
     for (name,), group in group_by(rows, "contender").items():
         good = [row for row in group if row["solved_seconds"]]
-        times = median_and_range(numbers(good, "solved_seconds"), ".1f") if good else "never | -"
+        seconds = numbers(good, "solved_seconds")
+        times = median_and_range(seconds, ".1f") if good else ["never", "-"]
         count = f"{np.median(numbers(good or group, 'rows')):,.0f}"
-        memory = f"{np.median(numbers(group, 'peak_mb')):,.0f}"
-        lines.append([name, versions(group), f"{len(good)} of {len(group)}", times, count, memory])
-        lines[-1].append(group[0]["remark"])
+        line = [name, versions(group), f"{len(good)} of {len(group)}", *times, count]
+        lines.append([*line, median_memory(group), group[0]["remark"]])
         if group[0]["settings"] != rows[0]["settings"]:
             notes.append(f"{name}: {settings_in_words(group[0])}")
     heads = [":", ":version", "solved", "seconds, median", "lowest - highest", "rows, median"]
@@ -365,15 +371,9 @@ def brief_returns(rows: Rows) -> list[list[object]]:
     return lines
 
 
-def brief_speed(rows: Rows) -> list[list[object]]:
+def brief_speed(rows: Rows) -> list[list[str]]:
     """Return one line per contender: steps per second, and our steps/s divided by them."""
-    groups = {
-        name: numbers(x, "steps_per_second") for (name,), x in group_by(rows, "contender").items()
-    }
-    ours = next(x for name, x in groups.items() if name.startswith("ppo_"))
-    return [
-        [name, f"{np.median(x):,.0f}", f"{np.median(ours / x):.2f}x"] for name, x in groups.items()
-    ]
+    return [[name, median, ratio] for name, _, median, _, ratio, *_ in rates(rows)]
 
 
 BRIEF = {  # for README: the function of the rows, and the headings in each language

@@ -631,10 +631,10 @@ def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_overhead_is_measured() -> None:
-    flags = f"{QUICK} --total-timesteps 640"
-    share = overhead.checkpoints("ppo_discrete.py", flags)
-    assert 0.0 < share[f"ppo_discrete.py {flags}", "checkpoints, % of the time"] < 100.0
-    rate, _ = overhead.rate_and_beginning("ppo_discrete.py", flags, (), "")
+    command = f"ppo_discrete.py {QUICK} --total-timesteps 640"
+    share = overhead.checkpoints(command)
+    assert 0.0 < share[command, "checkpoints, % of the time"] < 100.0
+    rate, _ = overhead.rate_and_beginning(command)
     assert rate > 0.0
 
 
