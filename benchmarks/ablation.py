@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from benchmarks.jobs import Shared, append, by_key
-from benchmarks.run import KEY, Training, train_all
+from benchmarks.jobs import append, by_key
+from benchmarks.run import KEY, SeededArgs, Training, train_all
 
 SCRIPT = "ppo_continuous.py"
 FAITHFUL = "--log-std-init 0.0 --log-std-fall None --no-scale-actions"
@@ -37,34 +37,33 @@ FORMER = (  # lines with flags since removed; each makes one more change than th
 
 
 @dataclass
-class Args(Shared):
+class Args(SeededArgs):
     """Run the steps from faithful to default."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
     env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Walker2d-v5")
-    processes: int = 1  # runs at a time, each on its own core
     quick: bool = False  # Pendulum, 1 seed, 10,000 steps
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    seeds, env_ids, more = args.seeds, args.env_ids, ""
     if args.quick:
-        seeds, env_ids, more = (1,), ("Pendulum-v1",), "--total-timesteps 10000"
+        args.seeds, args.env_ids = (1,), ("Pendulum-v1",)
+    more = "--total-timesteps 10000" if args.quick else ""
     table = args.path("ablation.csv")
-    there, defaults = by_key(table, KEY), by_key(args.path("continuous.csv"), KEY)
+    there = by_key(table, KEY)
+    known = by_key(args.path("continuous.csv"), KEY) | there
     trainings = []
-    for seed, env_id in itertools.product(seeds, env_ids):
+    for seed, env_id in itertools.product(args.seeds, args.env_ids):
         for name, flags in LINES.items():
             key = (SCRIPT, env_id, name, str(seed))
-            if key in there:  # perhaps with older flags
-                print(f"{' '.join(key)}: already in {table}")
-            elif key in defaults:
-                append(table, [defaults[key]])
-            else:
-                flags = f"{more} {flags}".strip()
-                trainings.append(Training(SCRIPT, env_id, name, seed, flags))
-    train_all(trainings, table, args.processes)
+            flags = f"{more} {flags}".strip()
+            if key in known:
+                flags = known[key]["flags"]  # perhaps older ones
+                if key not in there:
+                    append(table, [known[key]])
+            trainings.append(Training(SCRIPT, env_id, name, seed, flags))
+    train_all(trainings, args, "ablation.csv")
 
 
 if __name__ == "__main__":

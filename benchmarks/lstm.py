@@ -42,8 +42,8 @@ import ppo_lstm
 from benchmarks import speed
 from benchmarks.classic import SB3
 from benchmarks.details import Change
-from benchmarks.jobs import ROOT, Job, Shared, check_names, commit, run_jobs, wrapped_script
-from benchmarks.run import Training, train_all
+from benchmarks.jobs import ROOT, Job, check_names, commit, run_jobs, wrapped_script
+from benchmarks.run import SeededArgs, Training, train_all
 
 LSTM, DISCRETE, PEER = SCRIPTS = "ppo_lstm.py", "ppo_discrete.py", "RecurrentPPO"
 # Environment, steps, and the indices of the velocities in its observation.
@@ -149,13 +149,11 @@ WRAPS = {change.name: change.wraps for _, change in DETAILS}
 
 
 @dataclass
-class Args(Shared):
+class Args(SeededArgs):
     """Measure the value of a memory."""
 
     # What is measured.
     work: Literal["returns", "maze", "details", "speed", "sequences"] = "returns"
-    env_ids: tuple[str, ...] = ()  # of the returns and the details; all of them by default
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     rounds: int = 3  # for the speed: number of runs of each
     units: int = 256  # of each LSTM of RecurrentPPO
     only: tuple[str, ...] = ()  # scripts, of ppo_lstm.py, ppo_discrete.py and RecurrentPPO
@@ -274,7 +272,6 @@ def measure_sequences(rounds: int) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    check_names("--env-ids", args.env_ids, [*TASKS, MAZE])
     check_names("--only", args.only, SCRIPTS)
     if args.work == "sequences":
         measure_sequences(args.rounds)
@@ -287,13 +284,9 @@ def main() -> None:
         run_jobs(jobs, args.path("lstm_speed.csv"), ("contender", "round"))
     else:
         seeds = args.seeds[:3] if args.work == "details" else args.seeds
-        chosen = [
-            x
-            for seed in seeds
-            for x in trainings(args, seed)
-            if x.script in (args.only or SCRIPTS) and x.env_id in (args.env_ids or [x.env_id])
-        ]
-        train_all(chosen, args.path("lstm.csv"), processes=1, curves=False)
+        chosen = [x for seed in seeds for x in trainings(args, seed)]
+        chosen = [x for x in chosen if x.script in (args.only or SCRIPTS)]
+        train_all(chosen, args, "lstm.csv", curves=False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tyro
 import ppo_rlhf_toy as toy
 from benchmarks.details import Change, fixed
 from benchmarks.jobs import Job, Shared, check_names, run_jobs, wrapped, wrapped_script
-from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
+from benchmarks.rlhf import COLUMNS, RUNS, SCRIPT, RlhfRun
 
 
 def count_padding(forward: Callable, model, tokens, cache=None):
@@ -147,11 +147,6 @@ def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
     return RlhfRun("reviews", seed, name, flags, program, loads_models=change.loads_models)
 
 
-def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
-    """Train and return the table's line, which names the change."""
-    return [{"config": run.name or "default"} | run.line(runs, core)]
-
-
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
@@ -159,7 +154,8 @@ def main() -> None:
     jobs = []
     for seed in args.seeds:
         for run in [RlhfRun("reviews", seed), *(changed_run(x, seed) for x in chosen)]:
-            jobs.append(Job((run.name or "default", seed), partial(line, run, args.runs)))
+            measure = partial(run.line, args.runs, columns=("config", *COLUMNS))
+            jobs.append(Job((run.name or "default", seed), measure))
     run_jobs(jobs, args.path("rlhf_details.csv"), ("config", "seed"))
 
 

@@ -16,8 +16,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.jobs import ROOT, Job, Shared, launch, run_jobs
-from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
-from benchmarks.rlhf_optimum import optimum_of
+from benchmarks.rlhf import COLUMNS, RUNS, SCRIPT, RlhfRun
 
 GROUP = "--baseline group --no-whiten-advantages --group-advantage"
 OPTIONS = {
@@ -54,14 +53,6 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
             yield RlhfRun("reviews", seed, name, flags)
 
 
-def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
-    """Train and return the table's line, which names the option."""
-    measured = run.line(runs, core)
-    folder = run.train(runs, core).results["run_dir"]  # finished: it is only read
-    _, optimum_kl = optimum_of(Path(folder))
-    return [{"option": run.name or "default"} | measured | {"optimum_kl": optimum_kl}]
-
-
 def print_memory() -> None:
     """Train one iteration at the size of GPT-2; print the most memory that the process had."""
     flags = "--num-layers 12 --num-heads 12 --d-model 768 --context-size 1024 --max-new-tokens 32"
@@ -75,15 +66,14 @@ def print_memory() -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    table = args.path("rlhf_options.csv")
     if args.only == "memory":
         print_memory()
-    else:
-        jobs = [
-            Job((run.task, run.name or "default", run.seed), partial(line, run, args.runs))
-            for run in wanted(args)
-        ]
-        run_jobs(jobs, table, ("task", "option", "seed"))
+        return
+    jobs = []
+    for run in wanted(args):
+        measure = partial(run.line, args.runs, columns=("option", *COLUMNS, "optimum_kl"))
+        jobs.append(Job((run.task, run.name or "default", run.seed), measure))
+    run_jobs(jobs, args.path("rlhf_options.csv"), ("task", "option", "seed"))
 
 
 if __name__ == "__main__":

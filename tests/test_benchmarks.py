@@ -29,7 +29,6 @@ from benchmarks import (
     pitfalls,
     rlhf,
     rlhf_details,
-    rlhf_options,
     run,
     scaling,
     speed,
@@ -599,11 +598,12 @@ def test_speed_with_a_memory_is_a_line() -> None:
 def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     flags = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
     flags += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
-    line = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32").line(tmp_path)
+    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")
+    (line,) = run.line(tmp_path)
     (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
     assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
-    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")  # finished: only read
-    (option,) = rlhf_options.line(run, tmp_path, 0)
+    (committed, *_) = jobs.read(jobs.RESULTS / "rlhf_options.csv")
+    (option,) = run.line(tmp_path, columns=list(committed))  # finished: it is only read
     assert {name: option[name] for name in line} == line
     assert option["option"] == "default" and option["optimum_kl"] > 0.0
     jobs.append(tmp_path / "rlhf_options.csv", [option])
