@@ -231,7 +231,8 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         else:
             print(f"{name}: already in {table}", flush=True)
 
-    def work(name: str, job: Job) -> bool:
+    def work(item: tuple[str, Job]) -> bool:
+        name, job = item
         core = cores.get()
         try:
             lines = job.measure(core)
@@ -246,9 +247,8 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         return True
 
     with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(work, *item) for item in todo]
         try:
-            succeeded = [future.result() for future in futures]
+            succeeded = list(pool.map(work, todo))
         except BaseException:  # above all Ctrl-C: start no other job
             pool.shutdown(wait=False, cancel_futures=True)
             raise

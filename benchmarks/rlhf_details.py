@@ -140,22 +140,20 @@ class Args(Shared):
     runs: Path = RUNS  # where the run folders go
 
 
-def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
-    """Return the run of a change."""
-    program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
-    name, flags = change.name, change.flags
-    return RlhfRun("reviews", seed, name, flags, program, loads_models=change.loads_models)
-
-
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
-    chosen = [x for x in CHANGES if x.name in (args.changes or [x.name])]
-    jobs = []
+    runs = []
     for seed in args.seeds:
-        for run in [RlhfRun("reviews", seed), *(changed_run(x, seed) for x in chosen)]:
-            measure = partial(run.line, args.runs, columns=("config", *COLUMNS))
-            jobs.append(Job((run.name or "default", seed), measure))
+        runs.append(RlhfRun("reviews", seed))
+        for x in CHANGES:
+            if x.name in (args.changes or [x.name]):
+                program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{x.name!r}]")
+                runs.append(RlhfRun("reviews", seed, x.name, x.flags, program, x.loads_models))
+    jobs = []
+    for run in runs:
+        measure = partial(run.line, args.runs, columns=("config", *COLUMNS))
+        jobs.append(Job((run.name or "default", run.seed), measure))
     run_jobs(jobs, args.path("rlhf_details.csv"), ("config", "seed"))
 
 

@@ -9,14 +9,11 @@
 
 Only peers with a virtual environment in --envs are measured; `benchmarks/peers/install.sh` creates
 them. CleanRL, LeanRL and PureJaxRL also need checkouts: --cleanrl, --leanrl, --purejaxrl PATH.
-Each contender runs in its own process, on one core with one thread, and they take turns, round
-after round. Before its first round, two iterations of each are counted: if its optimiser steps and
-environment steps are not what the settings ask for, the contender is left out.
+benchmarks/README.md says how the work is made equal, and counted. A run is a line of speed.csv.
 
 Steps per second are rows per wall second from the end of the second iteration to the end of the
-last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes with the
-most likely actions; the time runs from the start of the process, including imports and compilation
-but not these evaluations, which take place about every 2,000 rows. A run is a line of speed.csv.
+last, so without imports and compilation. The time to solve CartPole runs from the start of the
+process, including imports and compilation but not the evaluations.
 """
 
 import json

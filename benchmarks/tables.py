@@ -132,16 +132,16 @@ def seeds(rows: Rows) -> str:
     return markdown_table(heads + ["published"] * compared, lines)
 
 
-def versions(group: Rows) -> str:
-    """Return the versions in which a contender was measured, from all of its lines."""
-    return "; ".join(dict.fromkeys(row["versions"] for row in group))
-
-
 def speed(rows: Rows) -> str:
     """Return steps per second, or seconds to solve CartPole, of each contender."""
     if not any(row["contender"].startswith("ppo_") for row in rows):
         sys.exit("speed.csv has no line of ours for this --part")
     return (solved if rows[0]["work"] == "solve" else steps_per_second)(rows)
+
+
+def versions(group: Rows) -> str:
+    """Return the versions in which a contender was measured, from all of its lines."""
+    return "; ".join(dict.fromkeys(row["versions"] for row in group))
 
 
 def median_memory(group: Rows) -> str:
@@ -221,6 +221,7 @@ def medians(rows: Rows) -> str:
 
 RLHF_COLUMNS = {
     "reviews": {
+        "kl_coef": "beta",
         "rm_accuracy": "reward model, accuracy",
         "sft_gold": "gold, SFT",
         "gold": "gold, PPO",
@@ -240,15 +241,16 @@ RLHF_COLUMNS = {
 
 def rlhf(rows: Rows) -> str:
     """Return one line per run: seeds at the default beta and, for reviews, without a KL penalty."""
-    columns, with_beta = RLHF_COLUMNS[rows[0]["task"]], rows[0]["task"] == "reviews"
+    columns = RLHF_COLUMNS[rows[0]["task"]]
     rows = [row for row in rows if row["kl_coef"] in ("0.1", "0.0")]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
-    lines = [
-        [row["seed"], *[f"{float(row['kl_coef']):g}"] * with_beta]
-        + [f"{float(row[name]):.3f}" if row[name] else "-" for name in columns]
-        for row in rows
-    ]
-    return markdown_table([":seed", *["beta"] * with_beta, *columns.values()], lines)
+
+    def cell(row: dict[str, str], name: str) -> str:
+        form = "g" if name == "kl_coef" else ".3f"
+        return f"{float(row[name]):{form}}" if row[name] else "-"
+
+    lines = [[row["seed"], *(cell(row, name) for name in columns)] for row in rows]
+    return markdown_table([":seed", *columns.values()], lines)
 
 
 def mean_and_deviation(x: np.ndarray) -> str:
