@@ -247,10 +247,15 @@ def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
     assert 0.0 < environment < 10.0 * sum(parts.values()) and products > 0.0
 
 
-def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
+@pytest.mark.parametrize(
+    "work, env_id", [("cart-pole", "CartPole-v1"), ("half-cheetah", "HalfCheetah-v5")]
+)
+def test_our_scripts_do_the_work_that_is_asked_of_the_peers(work: str, env_id: str) -> None:
     """Optimiser steps, environment steps and rows of two iterations, counted from outside."""
-    settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
-    ours, _ = speed.our_contenders("cart-pole", settings)
+    if work == "half-cheetah":
+        pytest.importorskip("mujoco")
+    sizes = dict(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
+    ours, _ = speed.our_contenders(work, common.Settings(env_id=env_id, **sizes))
     assert speed.check_work(ours) == "8 optimiser steps on 64 rows"
 
 
