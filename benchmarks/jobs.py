@@ -98,10 +98,10 @@ class Finished:
 
     results: dict  # of results.json, if it wrote one
     metrics: list[dict[str, str]]  # of metrics.csv, one row per iteration
-    seconds: float | None  # from its start to its exit, imports included; None if it was resumed
-    memory: float  # peak, in megabytes
-    printed: str
-    started: float  # by time.time()
+    seconds: float | None = None  # from start to exit, imports included; None if it was resumed
+    memory: float = 0.0  # peak, in megabytes
+    printed: str = ""
+    started: float = 0.0  # by time.time()
 
 
 def launch(
@@ -132,7 +132,7 @@ def launch(
             raise Failed(f"{folder} holds another run than {origin}: delete it")
         results, metrics = read_run(folder)
         if results and not results.get("stopped"):  # by Ctrl-C, for example
-            return Finished(results, metrics, None, 0.0, "", 0.0)
+            return Finished(results, metrics)
         flags = ["--resume", folder] if resumed else [*flags, "--run-dir", folder]
     pin = ["taskset", "-c", core] if core is not None and shutil.which("taskset") else []
     command = list(map(str, [*pin, python, *script, *flags]))

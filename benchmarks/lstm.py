@@ -101,7 +101,6 @@ def stack_four(env: gym.Env) -> gym.Env:
 
 # ---- What is wrapped around functions of the scripts -------------------------------------------
 
-
 STACKED = {
     "experiment.make_vec": lambda make_vec, args, num_envs, **kwargs: make_vec(
         args, num_envs, wrap=stack_four, **kwargs
@@ -192,23 +191,19 @@ def trainings(args: Args, seed: int) -> Iterator[Training]:
 
 # ---- Steps per second at equal settings --------------------------------------------------------
 
-
-EQUAL = dict(num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4, hidden_size=64)
+EQUAL = dict(num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4)
 
 
 def contenders() -> list[speed.Contender]:
     """Return ours and RecurrentPPO."""
-    settings = replace(
-        speed.SOLVE, total_timesteps=10 * 8 * 128, num_envs=8, num_steps=128, update_epochs=4
-    )
+    python, runners = Path(sys.executable), speed.PEERS
+    settings = replace(speed.SOLVE, total_timesteps=10_240, **EQUAL)
     flags = "--hide 1 3 --norm-adv minibatch --no-norm-obs --eval-episodes 1"
     flags += " --vectorization-mode sync"  # as RecurrentPPO has them
-    ours = speed.Contender(LSTM, Path(sys.executable), speed.PEERS / "run_ours.py", settings)
-    peer = replace(ours, name=PEER, script=speed.PEERS / "run_sb3.py", as_json=True)
-    return [
-        replace(ours, flags=(*flags.split(), ROOT / LSTM)),
-        replace(peer, flags=("recurrent",)),
-    ]
+    ours = speed.Contender(LSTM, python, runners / "run_ours.py", settings)
+    ours.flags = (*flags.split(), ROOT / LSTM)
+    peer = speed.Contender(PEER, python, runners / "run_sb3.py", settings, ("recurrent",))
+    return [ours, replace(peer, as_json=True)]
 
 
 def measure_speed(contender: speed.Contender, number: int, core: int) -> list[dict]:
@@ -219,7 +214,7 @@ def measure_speed(contender: speed.Contender, number: int, core: int) -> list[di
     rows, seconds, cpu = (last[name] - first[name] for name in ("rows", "time", "cpu"))
     line = {"contender": contender.name, "round": number, "rows": rows}
     line |= {"steps_per_second": round(rows / seconds), "steps_per_cpu_second": round(rows / cpu)}
-    return [line | {"settings": json.dumps(EQUAL), "commit": commit()}]
+    return [line | {"settings": json.dumps(EQUAL | {"hidden_size": 64}), "commit": commit()}]
 
 
 # ---- Ways to run an LSTM over rows in which episodes begin --------------------------------------

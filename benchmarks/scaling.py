@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import timeit
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -65,8 +66,6 @@ MARKS = {
     "experiment.Run.average": ("", "diagnostics"),
     "experiment.Run.end_iteration": ("diagnostics", "logging"),
 }
-PARTS_OF_THE_LOOP = """logging acting environment advantages diagnostics
-minibatches forward backward optimiser""".split()
 
 
 def seconds(function: Callable[[], object], least: float = 0.05) -> float:
@@ -129,7 +128,7 @@ def profiled(script: str, iterations: int, **flags) -> tuple[dict[str, float], i
     module = importlib.import_module(script.removesuffix(".py"))
     args = module.Args(eval_episodes=1, **flags)
     args.total_timesteps = iterations * args.batch_size
-    parts: dict[str, float] = dict.fromkeys(PARTS_OF_THE_LOOP, 0.0)
+    parts: dict[str, float] = defaultdict(float)
     last, ended = time.perf_counter(), 0
 
     def mark(part: str) -> None:
