@@ -9,12 +9,13 @@ are there. The others lead from faithful to an earlier default, with many more c
 the changes of the lines above. Of those lines, only the first can still be run.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import tyro
 
-from benchmarks.jobs import Shared, append, read
-from benchmarks.run import KEY, Training, train_all
+from benchmarks.jobs import append, by_key
+from benchmarks.run import KEY, SeededArgs, Training, train_all
 
 SCRIPT = "ppo_continuous.py"
 FAITHFUL = "--log-std-init 0.0 --log-std-fall None --no-scale-actions"
@@ -36,39 +37,33 @@ FORMER = (  # lines with flags since removed; each makes one more change than th
 
 
 @dataclass
-class Args(Shared):
+class Args(SeededArgs):
     """Run the steps from faithful to default."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
     env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Walker2d-v5")
-    processes: int = 1  # runs at a time, each on its own core
     quick: bool = False  # Pendulum, 1 seed, 10,000 steps
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    seeds, env_ids, more = args.seeds, args.env_ids, ""
     if args.quick:
-        seeds, env_ids, more = (1,), ("Pendulum-v1",), "--total-timesteps 10000"
+        args.seeds, args.env_ids = (1,), ("Pendulum-v1",)
+    more = "--total-timesteps 10000" if args.quick else ""
     table = args.path("ablation.csv")
-    there = {tuple(row[column] for column in KEY) for row in read(table)}
-    for row in read(args.path("continuous.csv")):
-        wanted = row["config"] == DEFAULT and row["env_id"] in env_ids
-        wanted = wanted and row["seed"] in map(str, seeds)
-        key = tuple(row[column] for column in KEY)
-        if wanted and key not in there:
-            append(table, [row])
-            there.add(key)
+    there = by_key(table, KEY)
+    known = by_key(args.path("continuous.csv"), KEY) | there
     trainings = []
-    for seed in seeds:
-        for env_id in env_ids:
-            for name, flags in LINES.items():
-                if (SCRIPT, env_id, name, str(seed)) in there:  # perhaps with older flags
-                    print(f"{SCRIPT} {env_id} {name} {seed}: already in {table}")
-                else:
-                    flags = f"{more} {flags}".strip()
-                    trainings.append(Training(SCRIPT, env_id, name, seed, flags))
-    train_all(trainings, table, args.processes)
+    for seed, env_id in itertools.product(args.seeds, args.env_ids):
+        for name, flags in LINES.items():
+            key = (SCRIPT, env_id, name, str(seed))
+            flags = f"{more} {flags}".strip()
+            if key in known:
+                flags = known[key]["flags"]  # perhaps older ones
+                if key not in there:
+                    append(table, [known[key]])
+            trainings.append(Training(SCRIPT, env_id, name, seed, flags))
+    train_all(trainings, args, "ablation.csv")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from benchmarks.jobs import ROOT, Shared, check_names
-from benchmarks.run import Training, train_all
+from benchmarks.jobs import ROOT
+from benchmarks.run import SeededArgs, Training, train_all
 
 SB3 = ROOT / "benchmarks" / "peers" / "learn_sb3.py"
 DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
@@ -27,33 +27,27 @@ TASKS = [
 
 
 @dataclass
-class Args(Shared):
+class Args(SeededArgs):
     """Learn the classic tasks with our scripts and with Stable-Baselines3."""
 
     seeds: tuple[int, ...] = tuple(range(1, 11))
-    processes: int = 1  # runs at a time, each on its own core
-    env_ids: tuple[str, ...] = ()  # all of them by default
     quick: bool = False  # CartPole and Pendulum, 2 seeds, a fifth of the steps
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    check_names("--env-ids", args.env_ids, (env_id for env_id, *_ in TASKS))
-    env_ids, seeds, share = args.env_ids, args.seeds, 1.0
     if args.quick:
-        env_ids, seeds, share = ("CartPole-v1", "Pendulum-v1"), (1, 2), 0.2
+        args.env_ids, args.seeds = ("CartPole-v1", "Pendulum-v1"), (1, 2)
     trainings = []
-    for seed in seeds:
+    for seed in args.seeds:
         for env_id, steps, script, more in TASKS:
-            if env_ids and env_id not in env_ids:
-                continue
-            budget = f"--total-timesteps {int(share * steps)}"
+            budget = f"--total-timesteps {steps // 5 if args.quick else steps}"
             flags = f"{budget} --eval-episodes 100 {more}".strip()
             trainings += [
                 Training(script, env_id, more or "default", seed, flags),
                 Training("Stable-Baselines3", env_id, "its zoo's", seed, budget, [SB3]),
             ]
-    train_all(trainings, args.path("classic.csv"), args.processes)
+    train_all(trainings, args, "classic.csv")
 
 
 if __name__ == "__main__":

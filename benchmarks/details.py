@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from benchmarks.jobs import Shared, check_names, wrapped_script
-from benchmarks.run import Training, train_all
+from benchmarks.jobs import check_names, wrapped_script
+from benchmarks.run import SeededArgs, Training, train_all
 
 DISCRETE, CONTINUOUS = "ppo_discrete.py", "ppo_continuous.py"
 BOTH = (DISCRETE, CONTINUOUS)
@@ -87,12 +87,9 @@ WRAPS = {change.name: change.wraps for change in CHANGES}
 
 
 @dataclass
-class Args(Shared):
+class Args(SeededArgs):
     """Measure the effect of each detail of PPO."""
 
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    processes: int = 1  # runs at a time, each on its own core
-    env_ids: tuple[str, ...] = ()  # all of them by default
     changes: tuple[str, ...] = ()  # names of the changes, all by default; "default" always runs
     quick: bool = False  # Acrobot, 2 seeds, 20,000 steps, few changes
 
@@ -100,24 +97,20 @@ class Args(Shared):
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
-    env_ids = [env_id for tasks in TASKS.values() for env_id, _ in tasks]
-    check_names("--env-ids", args.env_ids, env_ids)
-    seeds, env_ids, names = args.seeds, args.env_ids or env_ids, args.changes
+    names = args.changes or [change.name for change in CHANGES]
     if args.quick:
-        seeds, env_ids = (1, 2), ("Acrobot-v1",)
+        args.seeds, args.env_ids = (1, 2), ("Acrobot-v1",)
         names = ("advantages not normalised", "reset rows learned from", "no entropy bonus")
+    chosen = [change for change in CHANGES if change.name in ("default", *names)]
     trainings = []
-    for seed, script in itertools.product(seeds, TASKS):
-        for (env_id, steps), change in itertools.product(TASKS[script], CHANGES):
-            wanted = not names or change.name in ("default", *names)
-            if script not in change.scripts or env_id not in env_ids or not wanted:
-                continue
+    for seed, script in itertools.product(args.seeds, TASKS):
+        for (env_id, steps), change in itertools.product(TASKS[script], chosen):
             steps = 20_000 if args.quick else steps
             flags = f"--total-timesteps {steps} {EVALUATIONS[script]} {change.flags}".strip()
             program = wrapped_script(script, f"details.WRAPS[{change.name!r}]")
-            program = program if change.wraps else ()
-            trainings.append(Training(script, env_id, change.name, seed, flags, program))
-    train_all(trainings, args.path("details.csv"), args.processes, curves=False)
+            if script in change.scripts:
+                trainings.append(Training(script, env_id, change.name, seed, flags, program))
+    train_all(trainings, args, "details.csv", curves=False)
 
 
 if __name__ == "__main__":

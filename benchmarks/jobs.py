@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import functools
 import importlib
 import json
 import os
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from queue import Queue
@@ -49,6 +49,11 @@ def read(table: Path) -> list[dict[str, str]]:
         return []
     with open(table) as file:
         return list(csv.DictReader(file))
+
+
+def by_key(table: Path, key: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """Return the lines of a table by the values of its key columns."""
+    return {tuple(line[column] for column in key): line for line in read(table)}
 
 
 def append(table: Path, lines: Sequence[dict]) -> None:
@@ -93,10 +98,10 @@ class Finished:
 
     results: dict  # of results.json, if it wrote one
     metrics: list[dict[str, str]]  # of metrics.csv, one row per iteration
-    seconds: float | None  # from its start to its exit, imports included; None if it was resumed
-    memory: float  # peak, in megabytes
-    printed: str
-    started: float  # by time.time()
+    seconds: float | None = None  # from start to exit, imports included; None if it was resumed
+    memory: float = 0.0  # peak, in megabytes
+    printed: str = ""
+    started: float = 0.0  # by time.time()
 
 
 def launch(
@@ -127,7 +132,7 @@ def launch(
             raise Failed(f"{folder} holds another run than {origin}: delete it")
         results, metrics = read_run(folder)
         if results and not results.get("stopped"):  # by Ctrl-C, for example
-            return Finished(results, metrics, None, 0.0, "", 0.0)
+            return Finished(results, metrics)
         flags = ["--resume", folder] if resumed else [*flags, "--run-dir", folder]
     pin = ["taskset", "-c", core] if core is not None and shutil.which("taskset") else []
     command = list(map(str, [*pin, python, *script, *flags]))
@@ -177,7 +182,7 @@ def wrapped(script: ModuleType, wraps: dict[str, Callable]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for path, wrap in wraps.items():
             *owners, name = path.split(".")
-            owner = functools.reduce(getattr, owners, script)
+            owner = reduce(getattr, owners, script)
             stack.enter_context(mock.patch.object(owner, name, bind(wrap, getattr(owner, name))))
         yield
 
@@ -213,8 +218,7 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
 
     A job that fails leaves no line, does not stop the others, and makes the exit status 1.
     """
-    done = {tuple(row[column] for column in key): row for row in read(table)}
-    todo, cores, lock = [], Queue[int](), threading.Lock()
+    done, todo, cores, lock = by_key(table, key), [], Queue[int](), threading.Lock()
     for core in range(processes):
         cores.put(core)
     for job in jobs:
@@ -227,7 +231,8 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         else:
             print(f"{name}: already in {table}", flush=True)
 
-    def work(name: str, job: Job) -> bool:
+    def work(item: tuple[str, Job]) -> bool:
+        name, job = item
         core = cores.get()
         try:
             lines = job.measure(core)
@@ -242,9 +247,8 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         return True
 
     with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(work, *item) for item in todo]
         try:
-            succeeded = [future.result() for future in futures]
+            succeeded = list(pool.map(work, todo))
         except BaseException:  # above all Ctrl-C: start no other job
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -252,34 +256,25 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
         sys.exit(1)
 
 
-Quantities = dict[tuple[str, str], float]  # (line, column) of a part of the table: value
-
-
-@dataclass
-class Measurement:
-    """A function, and one of the quantities that it returns."""
-
-    part: str
-    case: str
-    quantity: str
-    measure: Callable[[], Quantities]
-
-    def lines(self, number: int) -> list[dict]:
-        """Measure; return the table's lines of this round."""
-        at = {"torch": version("torch"), "commit": commit()}
-        return [
-            {"part": self.part, "case": case, "quantity": quantity, "round": number}
-            | {"value": f"{value:.5g}"}
-            | at
-            for (case, quantity), value in self.measure().items()
-        ]
+Quantities = dict[tuple[str, str], float]  # (case, quantity), a line and a column: value
+# The part of the table, case and quantity of one of the values, and the function that measures.
+Measurement = tuple[str, str, str, Callable[[], Quantities]]
 
 
 def measure_all(measurements: Sequence[Measurement], rounds: int, table: Path) -> None:
     """Take all measurements in turn, round after round."""
+
+    def lines(part: str, number: int, measure: Callable[[], Quantities], core: int) -> list[dict]:
+        at = {"torch": version("torch"), "commit": commit()}
+        return [
+            {"part": part, "case": case, "quantity": name, "round": number, "value": f"{x:.5g}"}
+            | at
+            for (case, name), x in measure().items()
+        ]
+
     jobs = [
-        Job((x.part, x.case, x.quantity, number), lambda _, x=x, number=number: x.lines(number))
+        Job((part, case, quantity, number), partial(lines, part, number, measure))
         for number in range(1, rounds + 1)
-        for x in measurements
+        for part, case, quantity, measure in measurements
     ]
     run_jobs(jobs, table, ("part", "case", "quantity", "round"))

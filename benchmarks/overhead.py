@@ -21,13 +21,13 @@ import tyro
 from benchmarks import jobs
 from benchmarks.jobs import ROOT, Measurement, Quantities
 
+SHARE = "checkpoints, % of the time"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-CART = (
-    "ppo_discrete.py",
-    "--total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4 "
-    "--norm-adv minibatch --activation tanh",
-)
-CHEETAH = ("ppo_continuous.py", "--env-id HalfCheetah-v5 --total-timesteps 60000")
+CART = "ppo_discrete.py --total-timesteps 200000 --num-envs 4 --num-steps 128 --update-epochs 4"
+CART += " --norm-adv minibatch --activation tanh"
+CHEETAH = "ppo_continuous.py --env-id HalfCheetah-v5 --total-timesteps 60000"
+SLOW = "ppo_discrete.py --env-id benchmarks.overhead:Slow-v0 --total-timesteps 8192 --num-envs 8"
+SLOW += " --num-steps 128"
 
 
 class Slow(gym.Wrapper):
@@ -63,16 +63,17 @@ class Args(jobs.Shared):
 
 
 def rate_and_beginning(
-    script: str, flags: str, launcher: tuple[str, ...], cache: str
+    command: str, launcher: tuple[str, ...] = (), cache: str = ""
 ) -> tuple[float, float]:
     """Train; return the steps per second and the seconds until it got going.
 
     The rate is of all but the first tenth of the steps; the second number is by how much that tenth
     was slower, to which compiling belongs.
     """
+    script, *flags = command.split()
     compiled = {"TORCHINDUCTOR_CACHE_DIR": cache}
-    words = [*flags.split(), "--eval-episodes", 1]
-    metrics = jobs.launch([*launcher, ROOT / script], words, environment=compiled).metrics
+    program = [*launcher, ROOT / script]
+    metrics = jobs.launch(program, [*flags, "--eval-episodes", 1], environment=compiled).metrics
     rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in metrics]
     seconds = {step: step / sps for step, sps in rows}
     last = rows[-1][0]
@@ -81,24 +82,24 @@ def rate_and_beginning(
     return rate, seconds[tenth] - tenth / rate
 
 
-def checkpoints(script: str, flags: str) -> Quantities:
+def checkpoints(command: str) -> Quantities:
     """Measure the share of the loop's time that checkpoints take.
 
     It is too small to show in a comparison of two noisy runs.
     """
-    timed = jobs.wrapped_script(script, "overhead.TIMED")
-    run = jobs.launch(timed, [*flags.split(), "--eval-episodes", 1])
+    script, *flags = command.split()
+    run = jobs.launch(jobs.wrapped_script(script, "overhead.TIMED"), [*flags, "--eval-episodes", 1])
     spent = sum(map(float, re.findall("^checkpoint: (.*)", run.printed, re.MULTILINE)))
     share = spent * float(run.metrics[-1]["charts/SPS"]) / int(run.metrics[-1]["global_step"])
-    return {(f"{script} {flags}", "checkpoints, % of the time"): 100.0 * share}
+    return {(command, SHARE): 100.0 * share}
 
 
-def gain(name: str, script: str, flags: str, more: str, launcher: tuple[str, ...]) -> Quantities:
-    """Measure a script with `more` flags or started by `launcher`, and without."""
+def gain(name: str, command: str, more: str = "", launcher: tuple[str, ...] = ()) -> Quantities:
+    """Measure a command with `more` flags or started by `launcher`, and without."""
     with tempfile.TemporaryDirectory() as cache:  # for compiled code: empty, as the first time
-        without, began = rate_and_beginning(script, flags, (), cache)
-        rate, first = rate_and_beginning(script, flags + more, launcher, cache)
-        _, again = rate_and_beginning(script, flags + more, launcher, cache)
+        without, began = rate_and_beginning(command, (), cache)
+        rate, first = rate_and_beginning(command + more, launcher, cache)
+        _, again = rate_and_beginning(command + more, launcher, cache)
     quantities = {"steps/s without": without, "with": rate, "times": rate / without}
     if more:  # the loop's time excludes torchrun's start
         quantities["begins later by, s"] = first - began
@@ -108,19 +109,16 @@ def gain(name: str, script: str, flags: str, more: str, launcher: tuple[str, ...
 
 def measurements(what: str) -> Iterator[Measurement]:
     """Yield what is to be measured."""
-    slow = (
-        "--env-id benchmarks.overhead:Slow-v0 --total-timesteps 8192 --num-envs 8 --num-steps 128"
-    )
-    if what == "gains":
-        for name, *run in (
-            ("2 processes, environment of 2 ms a step", "ppo_discrete.py", slow, "", TORCHRUN),
-            ("--compile, CartPole", *CART, " --compile", ()),
-            ("--compile, HalfCheetah", *CHEETAH, " --compile", ()),
-        ):
-            yield Measurement(what, name, "times", partial(gain, name, *run))
-    for script, flags in (CART, CHEETAH) if what == "checkpoints" else ():
-        case, quantity = f"{script} {flags}", "checkpoints, % of the time"
-        yield Measurement(what, case, quantity, partial(checkpoints, script, flags))
+    if what == "checkpoints":
+        for command in (CART, CHEETAH):
+            yield what, command, SHARE, partial(checkpoints, command)
+        return
+    for name, *run in (
+        ("2 processes, environment of 2 ms a step", SLOW, "", TORCHRUN),
+        ("--compile, CartPole", CART, " --compile"),
+        ("--compile, HalfCheetah", CHEETAH, " --compile"),
+    ):
+        yield what, name, "times", partial(gain, name, *run)
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ with the reward model of its seed's default run.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -26,12 +27,15 @@ from benchmarks.jobs import ROOT, Finished, Job, Shared, commit, launch, read, r
 from benchmarks.rlhf_optimum import load, optimum_of
 
 SCRIPT = "ppo_rlhf_toy.py"
-# Of results.json and `measures_of`; a task leaves empty what it has no measure of.
-MEASURES = """task seed kl_coef sft_gold sft_grammatical sft_greedy_gold rm_accuracy rm_correlation
+# The table's; a task leaves empty what it has no measure of.
+COLUMNS = """task seed kl_coef sft_gold sft_grammatical sft_greedy_gold rm_accuracy rm_correlation
 gold proxy grammatical greedy_gold kl length eos_rate distinct optimum_share sft_accuracy
-sft_greedy_accuracy accuracy greedy_accuracy wall_seconds""".split()
+sft_greedy_accuracy accuracy greedy_accuracy wall_seconds first_ratio_error flags torch
+commit""".split()
 GRAMMARS = {"reviews": toy.Reviews.grammar, "arithmetic": re.compile("0|[1-9][0-9]*")}
 RUNS = ROOT / "runs" / "benchmark-rlhf"
+# The seed with which beta is swept, and the values beside the default 0.1 and 0, which all have.
+SWEPT, BETAS = 1, (0.01, 0.03, 0.3)
 
 
 @dataclass
@@ -39,8 +43,6 @@ class Args(Shared):
     """Run the benchmark of the RLHF script."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4)  # of the default runs and of beta 0
-    betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.3)  # of the sweep, beside the default 0.1
-    sweep_seeds: tuple[int, ...] = (1,)  # seeds that run all betas, not only 0.1 and 0
     arithmetic_seeds: tuple[int, ...] = (1, 2, 3)
     runs: Path = RUNS  # where the run folders go
     only: Literal["all", "reviews", "arithmetic", "figure"] = "all"
@@ -70,25 +72,28 @@ class RlhfRun:
             flags.append(f"--load-models={default.results['run_dir']}")
         return launch(self.program, flags, core, runs / folder)
 
-    def line(self, runs: Path, core: object = None) -> dict[str, object]:
+    def line(
+        self, runs: Path, core: object = None, columns: Sequence[str] = COLUMNS
+    ) -> list[dict[str, object]]:
         """Train and return the table's line."""
         at, run = commit(), self.train(runs, core)
         folder = Path(run.results["run_dir"])
-        args, *_ = load(folder)
-        measured = {"task": self.task, "seed": self.seed, "kl_coef": args.kl_coef}
-        measured |= run.results | measures_of(folder) | {"optimum_share": optimum_of(folder)[0]}
+        args, task, models = load(folder)
+        measured = run.results | measures_of(args, task, models)
+        measured["optimum_share"], measured["optimum_kl"] = optimum_of(folder)
         if self.task == "arithmetic":
             measured = {name.replace("gold", "accuracy"): x for name, x in measured.items()}
-        line = {name: measured.get(name) for name in MEASURES}
-        line = {k: round(x, 4) if isinstance(x, float) else x for k, x in line.items()}
+        measured = {k: round(x, 4) if isinstance(x, float) else x for k, x in measured.items()}
         errors = [float(row["losses/first_ratio_error"]) for row in run.metrics]
-        line["first_ratio_error"] = float(f"{max(errors):.2g}")
-        return line | {"flags": " ".join(self.flags), "torch": version("torch"), "commit": at}
+        measured["first_ratio_error"] = float(f"{max(errors):.2g}")
+        measured |= {"task": self.task, "seed": self.seed, "kl_coef": args.kl_coef}
+        measured |= dict.fromkeys(("config", "option"), self.name or "default")
+        measured |= {"flags": " ".join(self.flags), "torch": version("torch"), "commit": at}
+        return [{name: measured.get(name) for name in columns}]
 
 
-def measures_of(folder: Path) -> dict[str, float]:
+def measures_of(args: toy.Args, task: toy.Task, models: toy.Models) -> dict[str, float]:
     """Return what the script leaves out, of the answers that it evaluated and of greedy ones."""
-    args, task, models = load(folder)
     measures = {}
     for prefix, model in (("sft_", models.reference), ("", models.policy)):
         rng, generator = toy.streams(args, 4, torch.device("cpu"))
@@ -107,7 +112,7 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
     """Yield the runs, those with the default beta before those that need their models."""
     for seed in args.seeds if args.only in ("all", "reviews") else ():
         yield RlhfRun("reviews", seed)
-        for beta in args.betas if seed in args.sweep_seeds else (0.0,):
+        for beta in (0.0, *BETAS) if seed == SWEPT else (0.0,):
             yield RlhfRun("reviews", seed, f"beta {beta}", f"--kl-coef {beta}")
     for seed in args.arithmetic_seeds if args.only in ("all", "arithmetic") else ():
         yield RlhfRun("arithmetic", seed)
@@ -116,13 +121,10 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
 def main() -> None:
     args = tyro.cli(Args)
     table = args.path("rlhf.csv")
-    jobs = [
-        Job((" ".join(run.flags),), lambda core, run=run: [run.line(args.runs, core)])
-        for run in wanted(args)
-    ]
+    jobs = [Job((" ".join(run.flags),), partial(run.line, args.runs)) for run in wanted(args)]
     run_jobs(jobs, table, ("flags",))
     if args.only != "arithmetic":
-        swept = "reviews", str(args.sweep_seeds[0])
+        swept = "reviews", str(SWEPT)
         rows = [row for row in read(table) if (row["task"], row["seed"]) == swept]
         if not rows:
             sys.exit(f"nothing to draw: {table} has no line of {' '.join(swept)}")

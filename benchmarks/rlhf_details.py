@@ -21,7 +21,7 @@ import tyro
 import ppo_rlhf_toy as toy
 from benchmarks.details import Change, fixed
 from benchmarks.jobs import Job, Shared, check_names, run_jobs, wrapped, wrapped_script
-from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
+from benchmarks.rlhf import COLUMNS, RUNS, SCRIPT, RlhfRun
 
 
 def count_padding(forward: Callable, model, tokens, cache=None):
@@ -140,27 +140,20 @@ class Args(Shared):
     runs: Path = RUNS  # where the run folders go
 
 
-def changed_run(change: RlhfChange, seed: int) -> RlhfRun:
-    """Return the run of a change."""
-    run = RlhfRun("reviews", seed, change.name, change.flags, loads_models=change.loads_models)
-    if change.wraps:
-        run.program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{change.name!r}]")
-    return run
-
-
-def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
-    """Train and return the table's line, which names the change."""
-    return [{"config": run.name or "default"} | run.line(runs, core)]
-
-
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
-    chosen = [x for x in CHANGES if x.name in (args.changes or [x.name])]
-    jobs = []
+    runs = []
     for seed in args.seeds:
-        for run in [RlhfRun("reviews", seed), *(changed_run(x, seed) for x in chosen)]:
-            jobs.append(Job((run.name or "default", seed), partial(line, run, args.runs)))
+        runs.append(RlhfRun("reviews", seed))
+        for x in CHANGES:
+            if x.name in (args.changes or [x.name]):
+                program = wrapped_script(SCRIPT, f"rlhf_details.WRAPS[{x.name!r}]")
+                runs.append(RlhfRun("reviews", seed, x.name, x.flags, program, x.loads_models))
+    jobs = []
+    for run in runs:
+        measure = partial(run.line, args.runs, columns=("config", *COLUMNS))
+        jobs.append(Job((run.name or "default", run.seed), measure))
     run_jobs(jobs, args.path("rlhf_details.csv"), ("config", "seed"))
 
 

@@ -1,13 +1,12 @@
 """Measure the options of ppo_rlhf_toy.py that other libraries name, and its memory at GPT-2's size.
 
     python -m benchmarks.rlhf_options                # an hour on one core, rlhf_options.csv
-    python -m benchmarks.rlhf_options --only table   # print the table of the page
     python -m benchmarks.rlhf_options --only memory  # one iteration at the size of GPT-2
+    python -m benchmarks.tables --table rlhf_options.csv --part reviews
 
 An option starts from the SFT and the reward model of its seed's default run.
 """
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,8 @@ from typing import Literal
 
 import tyro
 
-from benchmarks.jobs import ROOT, Job, Shared, launch, read, run_jobs
-from benchmarks.rlhf import RUNS, SCRIPT, RlhfRun
-from benchmarks.rlhf_optimum import optimum_of
+from benchmarks.jobs import ROOT, Job, Shared, launch, run_jobs
+from benchmarks.rlhf import COLUMNS, RUNS, SCRIPT, RlhfRun
 
 GROUP = "--baseline group --no-whiten-advantages --group-advantage"
 OPTIONS = {
@@ -39,7 +37,7 @@ class Args(Shared):
     seeds: tuple[int, ...] = (200, 201, 202, 203)  # of reviews
     arithmetic_seeds: tuple[int, ...] = (200, 201, 202)
     runs: Path = RUNS  # where the run folders go
-    only: Literal["all", "table", "memory"] = "all"
+    only: Literal["all", "memory"] = "all"
 
 
 def wanted(args: Args) -> Iterator[RlhfRun]:
@@ -55,32 +53,6 @@ def wanted(args: Args) -> Iterator[RlhfRun]:
             yield RlhfRun("reviews", seed, name, flags)
 
 
-def line(run: RlhfRun, runs: Path, core: int) -> list[dict]:
-    """Train and return the table's line, which names the option."""
-    measured = run.line(runs, core)
-    folder = run.train(runs, core).results["run_dir"]  # finished: it is only read
-    _, optimum_kl = optimum_of(Path(folder))
-    return [{"option": run.name or "default"} | measured | {"optimum_kl": optimum_kl}]
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Return the means over the seeds, a line an option."""
-    columns = {"optimum_kl": "KL to the optimum", "optimum_share": "share of the optimum"}
-    columns |= {"gold": "gold", "length": "tokens", "kl": "KL to the reference", "eos_rate": "EOS"}
-    rows = [row for row in rows if row["task"] == "reviews"]
-    lines = [f"| | seeds | {' | '.join(columns.values())} |", "|---" + "|---:" * 7 + "|"]
-    for option in dict.fromkeys(row["option"] for row in rows):
-        runs = [row for row in rows if row["option"] == option]
-        cells = []
-        for column in columns:
-            x = [float(row[column]) for row in runs]
-            cells.append(f"{statistics.mean(x):.2f}")
-            if len(x) > 1:
-                cells[-1] += f" ± {statistics.pstdev(x):.2f}"
-        lines.append(f"| {option} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def print_memory() -> None:
     """Train one iteration at the size of GPT-2; print the most memory that the process had."""
     flags = "--num-layers 12 --num-heads 12 --d-model 768 --context-size 1024 --max-new-tokens 32"
@@ -94,17 +66,14 @@ def print_memory() -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    table = args.path("rlhf_options.csv")
     if args.only == "memory":
         print_memory()
-    elif args.only == "table":
-        print(markdown(read(table)))
-    else:
-        jobs = [
-            Job((run.task, run.name or "default", run.seed), partial(line, run, args.runs))
-            for run in wanted(args)
-        ]
-        run_jobs(jobs, table, ("task", "option", "seed"))
+        return
+    jobs = []
+    for run in wanted(args):
+        measure = partial(run.line, args.runs, columns=("option", *COLUMNS, "optimum_kl"))
+        jobs.append(Job((run.task, run.name or "default", run.seed), measure))
+    run_jobs(jobs, args.path("rlhf_options.csv"), ("task", "option", "seed"))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,29 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.jobs import ROOT, Job, Shared, commit, launch, run_jobs
+from benchmarks.jobs import ROOT, Job, Shared, check_names, commit, launch, run_jobs
 
 KEY = ("script", "env_id", "config", "seed")
 
 
-@dataclass(kw_only=True)
-class Args(Shared):
+@dataclass
+class SeededArgs(Shared):
+    """Flags of the benchmarks that train over environments and seeds."""
+
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    env_ids: tuple[str, ...] = ()  # all of them by default
+    processes: int = 1  # runs at a time, each on its own core
+
+
+@dataclass
+class Args(SeededArgs):
     """Train a script over environments and seeds."""
 
-    env_ids: tuple[str, ...]  # environments
-    seeds: tuple[int, ...]  # seeds of each
+    env_ids: tuple[str, ...] = ("CartPole-v1",)
     script: str = "ppo_discrete.py"  # the script to run
     config: str = "default"  # a name for the flags, one column of the table
     flags: str = ""  # further flags of the script
     table: str = "runs.csv"  # the table's file in the folder of results
-    processes: int = 1  # runs at a time, each on its own core
     runs: Path | None = None  # keep the runs' folders here; without it they are temporary
 
 
@@ -89,23 +96,21 @@ def write_curve(path: Path, metrics: list[dict[str, str]]) -> None:
 
 
 def train_all(
-    trainings: list[Training],
-    table: Path,
-    processes: int,
+    trainings: Sequence[Training],
+    args: SeededArgs,
+    table: str,
     curves: bool = True,
     runs: Path | None = None,
 ) -> None:
-    """Train the runs that the table lacks; curves go to a folder beside the table."""
-    folder = table.parent / "curves" if curves else None
-    jobs = [
-        Job(
-            (x.script, x.env_id, x.config, x.seed),
-            partial(x.line, curves=folder, runs=runs),
-            x.flags,
-        )
-        for x in trainings
-    ]
-    run_jobs(jobs, table, KEY, processes)
+    """Train the runs on --env-ids that the table lacks; curves go to a folder beside it."""
+    check_names("--env-ids", args.env_ids, (x.env_id for x in trainings))
+    folder = args.path("curves") if curves else None
+    jobs = []
+    for x in trainings:
+        if x.env_id in (args.env_ids or [x.env_id]):
+            measure = partial(x.line, curves=folder, runs=runs)
+            jobs.append(Job((x.script, x.env_id, x.config, x.seed), measure, x.flags))
+    run_jobs(jobs, args.path(table), KEY, args.processes)
 
 
 def main() -> None:
@@ -115,7 +120,7 @@ def main() -> None:
         for seed in args.seeds
         for env_id in args.env_ids
     ]
-    train_all(trainings, args.path(args.table), args.processes, runs=args.runs)
+    train_all(trainings, args, args.table, runs=args.runs)
 
 
 if __name__ == "__main__":

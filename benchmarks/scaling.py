@@ -7,8 +7,6 @@
 Parts:
     environments  CartPole over 1 to 4,096 environments: steps/s, seconds per update, and the floor
     profile       microseconds that each part of the loop takes per environment step
-    atari         steps/s of Pong's environments alone, and in the rollout with a policy that costs
-                  nothing
     gae           microseconds of `gae` and the alternatives in advantages.py over T and N
     rlhf          tokens/s of ppo_rlhf_toy.py's generation over batch and length, with its KV cache
                   and without
@@ -21,30 +19,30 @@ all rows; the loop leaves reset rows out of the update, early on one in twenty o
 import ast
 import contextlib
 import importlib
-import importlib.util
 import io
 import itertools
 import os
 import sys
 import tempfile
 import time
+import timeit
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-import ppo_atari
 import ppo_rlhf_toy as toy
 from benchmarks import advantages, jobs
 from benchmarks.jobs import Measurement, Quantities
 
-PARTS = ("environments", "profile", "atari", "gae", "rlhf")
+PARTS = ("environments", "profile", "gae", "rlhf")
 
 
 @dataclass
@@ -68,21 +66,13 @@ MARKS = {
     "experiment.Run.average": ("", "diagnostics"),
     "experiment.Run.end_iteration": ("diagnostics", "logging"),
 }
-PARTS_OF_THE_LOOP = """logging acting environment advantages diagnostics
-minibatches forward backward optimiser""".split()
 
 
 def seconds(function: Callable[[], object], least: float = 0.05) -> float:
     """Return the seconds of one call: the best of three averages over at least `least` seconds."""
-    function()
-    best = np.inf
-    for _ in range(3):
-        start, calls = time.perf_counter(), 0
-        while calls < 3 or time.perf_counter() - start < least:
-            function()
-            calls += 1
-        best = min(best, (time.perf_counter() - start) / calls)
-    return best
+    timer = timeit.Timer(function)
+    calls = max(3, int(least / min(timer.repeat(2, number=1))))
+    return min(timer.repeat(3, calls)) / calls
 
 
 def numpy_randn(*shape: int) -> np.ndarray:
@@ -129,12 +119,16 @@ def floor(args) -> tuple[float, float]:
     return T * step, products + args.update_epochs * args.num_minibatches * update
 
 
-def timed_parts(script: ModuleType, iterations: int, args) -> dict[str, float]:
-    """Train and return the seconds of each part of an iteration.
+def profiled(script: str, iterations: int, **flags) -> tuple[dict[str, float], int, float, float]:
+    """Train; return the seconds of each part of the loop in an iteration, and the iteration's rows.
 
-    The first two iterations, and the last with its checkpoint, are not counted.
+    Then what its environment steps and its matrix products take alone, in seconds. The first two
+    iterations, and the last with its checkpoint, are not counted.
     """
-    parts: dict[str, float] = dict.fromkeys(PARTS_OF_THE_LOOP, 0.0)
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = module.Args(eval_episodes=1, **flags)
+    args.total_timesteps = iterations * args.batch_size
+    parts: dict[str, float] = defaultdict(float)
     last, ended = time.perf_counter(), 0
 
     def mark(part: str) -> None:
@@ -152,53 +146,15 @@ def timed_parts(script: ModuleType, iterations: int, args) -> dict[str, float]:
         mark(after)
         return result
 
-    args.total_timesteps = iterations * args.batch_size
     wraps = {name: partial(marking, *marks) for name, marks in MARKS.items()}
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
-        jobs.wrapped(script, wraps),
+        jobs.wrapped(module, wraps),
     ):
         args.run_dir = Path(folder, "run")
-        script.train(args)
-    return parts
-
-
-def profiled(script: str, iterations: int, **flags) -> tuple[dict[str, float], int, float, float]:
-    """Train; return the seconds of each part of the loop in an iteration, and the iteration's rows.
-
-    Then what its environment steps and its matrix products take alone, in seconds.
-    """
-    module = importlib.import_module(script.removesuffix(".py"))
-    args = module.Args(eval_episodes=1, **flags)
-    return timed_parts(module, iterations, args), args.batch_size, *floor(args)
-
-
-def atari(iterations: int) -> Quantities:
-    """Measure steps/s on Pong: in the rollout with a policy that costs nothing, and bare."""
-    limit = ("max_num_frames_per_episode=1000",)  # so that the evaluation is short
-    args = ppo_atari.Args(env_kwargs=limit, hidden_size=8, update_epochs=1, eval_episodes=1)
-    envs = ppo_atari.make_envs(args, args.num_envs)
-    still = np.zeros((args.num_envs, 1), int)
-    nothing = np.zeros((args.num_envs, args.hidden_size), np.float32)
-    rows = (iterations - 3) * args.batch_size
-    free = {
-        "Agent.see": lambda _, agent, obs: nothing[: len(obs)],
-        "Agent.policy": lambda _, agent: lambda features, *_: still[: len(features)],
-    }
-    with jobs.wrapped(ppo_atari, free):
-        parts = timed_parts(ppo_atari, iterations, args)
-    rollout = args.batch_size / (parts["acting"] + parts["environment"])
-
-    envs.reset(seed=0)
-    start = time.perf_counter()
-    for _ in range(rows // args.num_envs):
-        envs.step(still[:, 0])
-    bare = rows / (time.perf_counter() - start)
-    envs.close()
-    quantities = {"environments alone": bare, "rollout": rollout}
-    lines = {("Pong, 8 environments", f"{k}, steps/s"): v for k, v in quantities.items()}
-    return lines | {("Pong, 8 environments", "rollout / alone"): rollout / bare}
+        module.train(args)
+    return parts, args.batch_size, *floor(args)
 
 
 def environments(num_envs: int, num_minibatches: int = 4) -> Quantities:
@@ -241,7 +197,22 @@ def profile(name: str, script: str, iterations: int, **flags: object) -> Quantit
 
 
 def gae_times(T: int, N: int) -> Quantities:
-    return {(f"({T}, {N})", form): x for form, x in advantages.measure(T, N).items()}
+    """Measure the microseconds of each implementation at (T, N); all must agree."""
+    forms = dict(advantages.FORMS)
+    if find_spec("torchrl") is None:
+        print('torchrl is left out: pip install -e ".[benchmark]" brings it', file=sys.stderr)
+        del forms["torchrl, vectorised"]
+    rewards, values, next_values = torch.randn(3, T, N)
+    terminated = torch.rand(T, N) < 0.01
+    done = terminated | (torch.rand(T, N) < 0.01)
+    rollout = (rewards, values, next_values, terminated, done, 0.99, 0.95)
+    expected = advantages.plain_loop(*rollout)
+    times = {}
+    for name, form in forms.items():
+        torch.testing.assert_close(form(*rollout), expected, rtol=1e-3, atol=1e-4)
+        times[name] = 1e6 * seconds(partial(form, *rollout))
+    times["`gae` / best"] = times["`gae`"] / min(times.values())
+    return {(f"({T}, {N})", name): x for name, x in times.items()}
 
 
 def without_cache(forward: Callable, model, tokens, cache=None):
@@ -251,8 +222,12 @@ def without_cache(forward: Callable, model, tokens, cache=None):
     return forward(model, tokens)
 
 
-def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
-    """Return generated tokens per CPU second with and without the KV cache, the best of several.
+def answers(number: int, length: int) -> str:
+    return f"{number} answer{'s' * (number > 1)} of {length} tokens"
+
+
+def rlhf_tokens(batch_size: int, length: int) -> Quantities:
+    """Measure generated tokens per CPU second with and without the KV cache, the best of three.
 
     EOS is made improbable, so that all answers are as long as allowed and both do the same work.
     """
@@ -264,30 +239,18 @@ def cache_speed(batch_size: int, length: int, repeats: int = 3) -> list[float]:
     model.head.bias[task.tokenizer.eos] = -1e9
     texts = task.prompts(batch_size, rng)
     prompts = task.tokenizer.block(map(task.tokenizer.encode, texts), True, device)
-    best = [0.0, 0.0]
-    for i in range(2 * repeats):  # taking turns, so that both see the same noise
-        with jobs.wrapped(toy, {"Transformer.forward": without_cache} if i % 2 else {}):
+    ways = {"with the cache": {}, "without": {"Transformer.forward": without_cache}}
+    best = dict.fromkeys(ways, 0.0)
+    for name in 3 * [*ways]:  # taking turns, so that both see the same noise
+        with jobs.wrapped(toy, ways[name]):
             start = time.process_time()
             with torch.no_grad():
                 toy.generate(args, model, generator, prompts)
             rate = batch_size * length / (time.process_time() - start)
-        best[i % 2] = max(best[i % 2], rate)
-    return best
-
-
-def answers(number: int, length: int) -> str:
-    return f"{number} answer{'s' * (number > 1)} of {length} tokens"
-
-
-def rlhf_tokens(batch_size: int, length: int) -> Quantities:
-    """Measure generation with the KV cache and without."""
-    cached, uncached = cache_speed(batch_size, length)
+        best[name] = max(best[name], rate)
     case = answers(batch_size, length)
-    return {
-        (case, "with the cache, tokens/s"): cached,
-        (case, "without, tokens/s"): uncached,
-        (case, "times"): cached / uncached,
-    }
+    speeds = {(case, f"{name}, tokens/s"): rate for name, rate in best.items()}
+    return speeds | {(case, "times"): best["with the cache"] / best["without"]}
 
 
 CLEANRL = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}
@@ -309,37 +272,26 @@ def measurements(args: Args) -> Iterator[Measurement]:
     """Yield what to measure, for all parts."""
     quick = args.quick
     for N in (1, 16, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096):
-        yield Measurement("environments", f"{N:,}", "steps/s", partial(environments, N))
+        yield "environments", f"{N:,}", "steps/s", partial(environments, N)
     for N in () if quick else (1024, 4096):  # minibatches of as many rows as those of 256
-        case, measure = f"{N:,}, {N // 64} minibatches", partial(environments, N, N // 64)
-        yield Measurement("environments", case, "steps/s", measure)
+        case = f"{N:,}, {N // 64} minibatches"
+        yield "environments", case, "steps/s", partial(environments, N, N // 64)
     if not quick and sys.platform == "linux":
-        case, measure = "1,024, memory kept", partial(memory_kept, 1024)
-        yield Measurement("environments", case, "steps/s", measure)
+        yield "environments", "1,024, memory kept", "steps/s", partial(memory_kept, 1024)
     for name, (script, iterations, flags) in PROFILES.items():
+        if name.startswith("HalfCheetah") and find_spec("mujoco") is None:
+            print(f"left out: {name}, because mujoco is not installed", file=sys.stderr)
+            continue
         few = max(4, iterations // 10) if quick else iterations
-        yield Measurement("profile", "all", name, partial(profile, name, script, few, **flags))
-    measure = partial(atari, 4 if quick else 8)
-    yield Measurement("atari", "Pong, 8 environments", "rollout, steps/s", measure)
+        yield "profile", "all", name, partial(profile, name, script, few, **flags)
     for T in (128,) if quick else (32, 128, 512, 2048):
         for N in (4, 1024) if quick else (1, 4, 64, 1024, 4096):
             if T * N <= 2**20:
-                yield Measurement("gae", f"({T}, {N})", "`gae`", partial(gae_times, T, N))
+                yield "gae", f"({T}, {N})", "`gae`", partial(gae_times, T, N)
     for length in (24,) if quick else (24, 64, 128):
         for batch_size in (8, 128) if quick else (1, 8, 32, 128, 512):
-            case, measure = answers(batch_size, length), partial(rlhf_tokens, batch_size, length)
-            yield Measurement("rlhf", case, "times", measure)
-
-
-def can_run(measurement: Measurement) -> bool:
-    """Return whether the simulator that it needs is installed; say which is not."""
-    needed = "ale_py" if measurement.part == "atari" else "gymnasium"
-    needed = "mujoco" if measurement.quantity.startswith("HalfCheetah") else needed
-    there = importlib.util.find_spec(needed) is not None
-    if not there:
-        name = f"{measurement.part}, {measurement.quantity}"
-        print(f"left out: {name}, because {needed} is not installed", file=sys.stderr)
-    return there
+            case = answers(batch_size, length)
+            yield "rlhf", case, "times", partial(rlhf_tokens, batch_size, length)
 
 
 def main() -> None:
@@ -348,7 +300,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
-    chosen = [x for x in measurements(args) if x.part in args.parts and can_run(x)]
+    chosen = [x for x in measurements(args) if x[0] in args.parts]
     jobs.measure_all(chosen, 1 if args.quick else args.rounds, args.path("scaling.csv"))
 
 

@@ -9,14 +9,11 @@
 
 Only peers with a virtual environment in --envs are measured; `benchmarks/peers/install.sh` creates
 them. CleanRL, LeanRL and PureJaxRL also need checkouts: --cleanrl, --leanrl, --purejaxrl PATH.
-Each contender runs in its own process, on one core with one thread, and they take turns, round
-after round. Before its first round, two iterations of each are counted: if its optimiser steps and
-environment steps are not what the settings ask for, the contender is left out.
+benchmarks/README.md says how the work is made equal, and counted. A run is a line of speed.csv.
 
 Steps per second are rows per wall second from the end of the second iteration to the end of the
-last, so without imports and compilation. Solved means a mean return of 475 in 100 episodes with the
-most likely actions; the time runs from the start of the process, including imports and compilation
-but not these evaluations, which take place about every 2,000 rows. A run is a line of speed.csv.
+last, so without imports and compilation. The time to solve CartPole runs from the start of the
+process, including imports and compilation but not the evaluations.
 """
 
 import json
@@ -26,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -133,14 +130,20 @@ def our_contenders(work: str, settings: Settings) -> list[Contender]:
         "half-cheetah": "statistics move once a rollout",
         "pong": "",
     }[work]
-    eager = Contender(name, Path(sys.executable), PEERS / "run_ours.py", settings)
-    eager = replace(eager, flags=(*flags, ROOT / name), checkout=ROOT, remark=remark)
-    flags = (*flags, "--compile", ROOT / name)
+    python, path = Path(sys.executable), ROOT / name
+    eager = Contender(name, python, PEERS / "run_ours.py", settings, (*flags, path))
+    eager.checkout, eager.remark = ROOT, remark
+    flags = (*flags, "--compile", path)
     return [eager, replace(eager, name=f"{name} --compile", flags=flags, countable=False)]
 
 
-def library_contenders(args: Args, settings: Settings) -> list[Contender]:
-    """Return the libraries of the registry, by the runners in benchmarks/peers."""
+def peers(args: Args, settings: Settings) -> list[Contender]:
+    """Return the peers that can do the work, by their runners."""
+
+    def peer(name: str, folder: str, *flags: object, **more: Any) -> Contender:
+        python = args.envs / folder / "bin" / "python"
+        return Contender(name, python, PEERS / f"run_{folder}.py", settings, flags, **more)
+
     found = []
     for name, folder, package, remark in (
         ("Stable-Baselines3", "sb3", "stable-baselines3", ""),
@@ -148,42 +151,33 @@ def library_contenders(args: Args, settings: Settings) -> list[Contender]:
         ("torchrl", "torchrl", "torchrl", ""),
         ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
     ):
-        python, script = args.envs / folder / "bin" / "python", PEERS / f"run_{folder}.py"
-        peer = Contender(name, python, script, settings, as_json=True)
-        found.append(replace(peer, package=package, remark=remark))
+        if args.work != "pong":
+            found.append(peer(name, folder, as_json=True, package=package, remark=remark))
+    if args.cleanrl:
+        scripts = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}
+        script = scripts.get(args.work, "ppo.py")
+        path = args.cleanrl / "cleanrl" / script
+        cleanrl = peer(f"CleanRL {script}", "cleanrl", path, checkout=args.cleanrl)
+        if args.work == "pong":  # its script skips frames by itself
+            pong = replace(settings, env_id="PongNoFrameskip-v4")
+            cleanrl = replace(cleanrl, settings=pong, remark="no sticky actions")
+        elif settings.activation != "tanh":
+            cleanrl.remark = "tanh"
+        found.append(cleanrl)
+    if args.leanrl and args.work == "half-cheetah":  # it has none for CartPole
+        path = args.leanrl / "leanrl" / "ppo_continuous_action.py"
+        leanrl = peer("LeanRL", "leanrl", path, checkout=args.leanrl, remark="no TensorBoard")
+        leanrl.script = PEERS / "run_cleanrl.py"
+        flags = ("--compile", path.with_name("ppo_continuous_action_torchcompile.py"))
+        compiled = replace(leanrl, name="LeanRL, compiled", flags=flags, countable=False)
+        found += [leanrl, compiled]
+    if args.purejaxrl and settings.env_id == CARTPOLE.env_id:
+        path = args.purejaxrl / "purejaxrl"
+        jax = peer("PureJaxRL", "purejaxrl", path, as_json=True, countable=False, package="jax")
+        remark = "environment in JAX, no TensorBoard"
+        remark += "" if settings.clip_vloss else ", value loss clipped"
+        found.append(replace(jax, checkout=args.purejaxrl, remark=remark))
     return found
-
-
-def cleanrl(args: Args, settings: Settings) -> Contender:
-    names = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}
-    name = names.get(args.work, "ppo.py")
-    remark = "" if settings.activation == "tanh" else "tanh"
-    if args.work == "pong":
-        remark = "no sticky actions"
-        settings = replace(settings, env_id="PongNoFrameskip-v4")  # it skips frames by itself
-    python, script = args.envs / "cleanrl" / "bin" / "python", PEERS / "run_cleanrl.py"
-    flags = (args.cleanrl / "cleanrl" / name,)
-    peer = Contender(f"CleanRL {name}", python, script, settings, flags)
-    return replace(peer, checkout=args.cleanrl, remark=remark)
-
-
-def leanrl(args: Args, settings: Settings) -> list[Contender]:
-    """Return LeanRL's script, eager and compiled; it has none for CartPole."""
-    python, script = args.envs / "leanrl" / "bin" / "python", PEERS / "run_cleanrl.py"
-    flags = (args.leanrl / "leanrl" / "ppo_continuous_action.py",)
-    eager = Contender("LeanRL", python, script, settings, flags)
-    eager = replace(eager, checkout=args.leanrl, remark="no TensorBoard")
-    flags = ("--compile", args.leanrl / "leanrl" / "ppo_continuous_action_torchcompile.py")
-    return [eager, replace(eager, name="LeanRL, compiled", flags=flags, countable=False)]
-
-
-def purejaxrl(args: Args, settings: Settings) -> Contender:
-    python, script = args.envs / "purejaxrl" / "bin" / "python", PEERS / "run_purejaxrl.py"
-    flags = (args.purejaxrl / "purejaxrl",)
-    peer = Contender("PureJaxRL", python, script, settings, flags, as_json=True, countable=False)
-    remark = "environment in JAX, no TensorBoard"
-    remark += "" if settings.clip_vloss else ", value loss clipped"
-    return replace(peer, package="jax", checkout=args.purejaxrl, remark=remark)
 
 
 def contenders(args: Args) -> list[Contender]:
@@ -192,20 +186,11 @@ def contenders(args: Args) -> list[Contender]:
     settings = replace(works[args.work], threads=args.threads)
     if args.quick and args.work != "solve":
         settings = replace(settings, total_timesteps=max(4096, 4 * settings.batch_size))
-    found = our_contenders(args.work, settings)
-    if args.work != "pong":
-        found += library_contenders(args, settings)
-    if args.cleanrl:
-        found.append(cleanrl(args, settings))
-    if args.leanrl and args.work == "half-cheetah":
-        found += leanrl(args, settings)
-    if args.purejaxrl and settings.env_id == CARTPOLE.env_id:
-        found.append(purejaxrl(args, settings))
+    found = [*our_contenders(args.work, settings), *peers(args, settings)]
     if args.work == "solve" and not args.quick:  # also each with its own settings
         zoo, own = (replace(x, threads=args.threads) for x in (ZOO, OWN))
-        tuned = library_contenders(args, zoo)[:1]
-        tuned += [cleanrl(args, own)] if args.cleanrl else []
-        tuned += [purejaxrl(args, own)] if args.purejaxrl else []
+        tuned = [c for c in peers(args, zoo) if c.name == "Stable-Baselines3"]
+        tuned += [c for c in peers(args, own) if c.checkout]
         found += [replace(c, name=f"{c.name}, its own settings") for c in tuned]
     jobs.check_names("--only", args.only, (c.name for c in found))
     found = [c for c in found if c.name in (args.only or [c.name])]

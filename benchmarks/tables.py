@@ -86,8 +86,8 @@ def significance(x: np.ndarray, default: np.ndarray) -> str:
     return " ▼" if high < 0.0 else " ▲" if low > 0.0 else ""
 
 
-def median_and_range(values: Sequence[float], form: str) -> str:
-    return f"{np.median(values):{form}} | {min(values):{form}} - {max(values):{form}}"
+def median_and_range(x: np.ndarray, form: str) -> list[str]:
+    return [f"{np.median(x):{form}}", f"{x.min():{form}} - {x.max():{form}}"]
 
 
 # ---- The tables --------------------------------------------------------------------------------
@@ -132,11 +132,6 @@ def seeds(rows: Rows) -> str:
     return markdown_table(heads + ["published"] * compared, lines)
 
 
-def versions(group: Rows) -> str:
-    """Return the versions in which a contender was measured, from all of its lines."""
-    return "; ".join(dict.fromkeys(row["versions"] for row in group))
-
-
 def speed(rows: Rows) -> str:
     """Return steps per second, or seconds to solve CartPole, of each contender."""
     if not any(row["contender"].startswith("ppo_") for row in rows):
@@ -144,24 +139,35 @@ def speed(rows: Rows) -> str:
     return (solved if rows[0]["work"] == "solve" else steps_per_second)(rows)
 
 
-def steps_per_second(rows: Rows) -> str:
+def versions(group: Rows) -> str:
+    """Return the versions in which a contender was measured, from all of its lines."""
+    return "; ".join(dict.fromkeys(row["versions"] for row in group))
+
+
+def median_memory(group: Rows) -> str:
+    return f"{np.median(numbers(group, 'peak_mb')):,.0f}"
+
+
+def rates(rows: Rows) -> list[list[str]]:
     """Return steps per second and memory of each contender, and how far ours is ahead."""
     groups = group_by(rows, "contender")
-    rates = {
-        name: {row["round"]: float(row["steps_per_second"]) for row in group}
-        for (name,), group in groups.items()
-    }
-    ours = rates[next(name for name in rates if name.startswith("ppo_"))]
+    ours = next(group for (name,), group in groups.items() if name.startswith("ppo_"))
+    rates = {row["round"]: float(row["steps_per_second"]) for row in ours}
     lines = []
     for (name,), group in groups.items():
-        theirs = rates[name]
-        ratio = np.median([ours[number] / theirs[number] for number in theirs if number in ours])
-        memory = f"{np.median(numbers(group, 'peak_mb')):,.0f}"
-        rate = median_and_range([*theirs.values()], ",.0f")
-        lines.append([name, versions(group), rate, f"{ratio:.2f}x", memory, group[0]["remark"]])
+        shared = [row for row in group if row["round"] in rates]
+        ratios = [rates[row["round"]] / float(row["steps_per_second"]) for row in shared]
+        line = [name, versions(group)]
+        line += median_and_range(numbers(group, "steps_per_second"), ",.0f")
+        line += [f"{np.median(ratios):.2f}x", median_memory(group), group[0]["remark"]]
+        lines.append(line)
+    return lines
+
+
+def steps_per_second(rows: Rows) -> str:
     heads = [":", ":version", "steps/s, median", "lowest - highest"]
     heads += ["our steps/s over theirs, median of the rounds", "peak memory, MB", ":not the same"]
-    return f"{markdown_table(heads, lines)}\n\n{settings_in_words(rows[0])}"
+    return f"{markdown_table(heads, rates(rows))}\n\n{settings_in_words(rows[0])}"
 
 
 def solved(rows: Rows) -> str:
@@ -169,11 +175,11 @@ def solved(rows: Rows) -> str:
     lines, notes = [], [settings_in_words(rows[0])]
     for (name,), group in group_by(rows, "contender").items():
         good = [row for row in group if row["solved_seconds"]]
-        times = median_and_range(numbers(good, "solved_seconds"), ".1f") if good else "never | -"
+        seconds = numbers(good, "solved_seconds")
+        times = median_and_range(seconds, ".1f") if good else ["never", "-"]
         count = f"{np.median(numbers(good or group, 'rows')):,.0f}"
-        memory = f"{np.median(numbers(group, 'peak_mb')):,.0f}"
-        lines.append([name, versions(group), f"{len(good)} of {len(group)}", times, count, memory])
-        lines[-1].append(group[0]["remark"])
+        line = [name, versions(group), f"{len(good)} of {len(group)}", *times, count]
+        lines.append([*line, median_memory(group), group[0]["remark"]])
         if group[0]["settings"] != rows[0]["settings"]:
             notes.append(f"{name}: {settings_in_words(group[0])}")
     heads = [":", ":version", "solved", "seconds, median", "lowest - highest", "rows, median"]
@@ -215,6 +221,7 @@ def medians(rows: Rows) -> str:
 
 RLHF_COLUMNS = {
     "reviews": {
+        "kl_coef": "beta",
         "rm_accuracy": "reward model, accuracy",
         "sft_gold": "gold, SFT",
         "gold": "gold, PPO",
@@ -234,15 +241,22 @@ RLHF_COLUMNS = {
 
 def rlhf(rows: Rows) -> str:
     """Return one line per run: seeds at the default beta and, for reviews, without a KL penalty."""
-    columns, with_beta = RLHF_COLUMNS[rows[0]["task"]], rows[0]["task"] == "reviews"
+    columns = RLHF_COLUMNS[rows[0]["task"]]
     rows = [row for row in rows if row["kl_coef"] in ("0.1", "0.0")]
     rows.sort(key=lambda row: (int(row["seed"]), -float(row["kl_coef"])))
-    lines = [
-        [row["seed"], *[f"{float(row['kl_coef']):g}"] * with_beta]
-        + [f"{float(row[name]):.3f}" if row[name] else "-" for name in columns]
-        for row in rows
-    ]
-    return markdown_table([":seed", *["beta"] * with_beta, *columns.values()], lines)
+
+    def cell(row: dict[str, str], name: str) -> str:
+        form = "g" if name == "kl_coef" else ".3f"
+        return f"{float(row[name]):{form}}" if row[name] else "-"
+
+    lines = [[row["seed"], *(cell(row, name) for name in columns)] for row in rows]
+    return markdown_table([":seed", *columns.values()], lines)
+
+
+def mean_and_deviation(x: np.ndarray) -> str:
+    if len(x) < 2:
+        return f"{x[0]:.2f}" if len(x) else "-"
+    return f"{x.mean():.2f} ± {x.std():.2f}"
 
 
 def rlhf_details(rows: Rows) -> str:
@@ -260,9 +274,53 @@ def rlhf_details(rows: Rows) -> str:
 
     def cell(group: Rows, column: str) -> str:
         x, default = numbers(group, column), numbers(groups[("default",)], column)
-        return f"{x.mean():.2f} ± {x.std():.2f}{significance(x, default)}" if len(x) else "-"
+        return mean_and_deviation(x) + significance(x, default)
 
     lines = [[name, *(cell(group, x) for x in columns)] for (name,), group in groups.items()]
+    return markdown_table([":", *columns.values()], lines)
+
+
+def rlhf_options(rows: Rows) -> str:
+    """Return one line per option of the reviews, means over the seeds."""
+    columns = {
+        "optimum_kl": "KL to the optimum",
+        "optimum_share": "share of the optimum",
+        "gold": "gold",
+        "length": "tokens",
+        "kl": "KL to the reference",
+        "eos_rate": "EOS",
+    }
+    lines = [
+        [name, len(group), *(mean_and_deviation(numbers(group, x)) for x in columns)]
+        for (name,), group in group_by(rows, "option").items()
+    ]
+    return markdown_table([":", "seeds", *columns.values()], lines)
+
+
+def lstm(rows: Rows) -> str:
+    """Return one line for each environment, script and configuration."""
+    lines = []
+    for (env_id,), task in group_by(rows, "env_id").items():
+        form = ",.2f" if "TMaze" in env_id else ",.1f"
+        for (script, config), group in group_by(task, "script", "config").items():
+            x, sampled = numbers(group, "eval_mean"), numbers(group, "eval_stochastic_mean")
+            steps = f"{numbers(group, 'global_step').mean():,.0f}"
+            line = [env_id.rpartition(":")[2], script, config, steps, len(group)]
+            lines.append(line + [f"{x:{form}}" for x in (x.mean(), x.min(), sampled.mean())])
+    heads = [":environment", ":script", ":", "steps", "seeds"]
+    return markdown_table([*heads, "likeliest actions", "lowest seed", "sampled"], lines)
+
+
+def lstm_speed(rows: Rows) -> str:
+    """Return the medians of each contender."""
+    columns = {
+        "steps_per_second": "steps/s",
+        "steps_per_cpu_second": "steps per second of processor time",
+    }
+    lines = [
+        [name, *(f"{np.median(numbers(group, x)):,.0f}" for x in columns)]
+        for (name,), group in group_by(rows, "contender").items()
+    ]
     return markdown_table([":", *columns.values()], lines)
 
 
@@ -315,15 +373,9 @@ def brief_returns(rows: Rows) -> list[list[object]]:
     return lines
 
 
-def brief_speed(rows: Rows) -> list[list[object]]:
+def brief_speed(rows: Rows) -> list[list[str]]:
     """Return one line per contender: steps per second, and our steps/s divided by them."""
-    groups = {
-        name: numbers(x, "steps_per_second") for (name,), x in group_by(rows, "contender").items()
-    }
-    ours = next(x for name, x in groups.items() if name.startswith("ppo_"))
-    return [
-        [name, f"{np.median(x):,.0f}", f"{np.median(ours / x):.2f}x"] for name, x in groups.items()
-    ]
+    return [[name, median, ratio] for name, _, median, _, ratio, *_ in rates(rows)]
 
 
 BRIEF = {  # for README: the function of the rows, and the headings in each language
@@ -356,6 +408,9 @@ TABLES: dict[str, tuple[Callable[[Rows], str], str]] = {
     "overhead.csv": (medians, "part"),
     "rlhf.csv": (rlhf, "task"),
     "rlhf_details.csv": (rlhf_details, ""),
+    "rlhf_options.csv": (rlhf_options, "task"),
+    "lstm.csv": (lstm, ""),
+    "lstm_speed.csv": (lstm_speed, ""),
 }
 
 

@@ -24,11 +24,11 @@ from benchmarks import (
     figures,
     gpu,
     jobs,
+    lstm,
     overhead,
     pitfalls,
     rlhf,
     rlhf_details,
-    rlhf_options,
     run,
     scaling,
     speed,
@@ -240,17 +240,22 @@ def test_changes_of_the_loop_of_rlhf(tmp_path: Path) -> None:
 def test_the_profile_marks_every_part_of_the_loop(script: str) -> None:
     flags = {"num_envs": 2, "num_steps": 16, "update_epochs": 1, "num_minibatches": 2}
     parts, rows, environment, products = scaling.profiled(script, 4, **flags)
-    names = "logging acting environment advantages diagnostics minibatches forward backward"
-    assert list(parts) == [*names.split(), "optimiser"]
+    names = "acting environment advantages minibatches forward backward optimiser diagnostics"
+    assert list(parts) == [*names.split(), "logging"]
     assert all(value > 0.0 for value in parts.values())
     assert rows == 32
     assert 0.0 < environment < 10.0 * sum(parts.values()) and products > 0.0
 
 
-def test_our_scripts_do_the_work_that_is_asked_of_the_peers() -> None:
+@pytest.mark.parametrize(
+    "work, env_id", [("cart-pole", "CartPole-v1"), ("half-cheetah", "HalfCheetah-v5")]
+)
+def test_our_scripts_do_the_work_that_is_asked_of_the_peers(work: str, env_id: str) -> None:
     """Optimiser steps, environment steps and rows of two iterations, counted from outside."""
-    settings = common.Settings(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
-    ours, _ = speed.our_contenders("cart-pole", settings)
+    if work == "half-cheetah":
+        pytest.importorskip("mujoco")
+    sizes = dict(num_envs=2, num_steps=16, update_epochs=2, num_minibatches=2)
+    ours, _ = speed.our_contenders(work, common.Settings(env_id=env_id, **sizes))
     assert speed.check_work(ours) == "8 optimiser steps on 64 rows"
 
 
@@ -474,9 +479,7 @@ def test_measurements_take_turns_and_are_not_repeated(tmp_path: Path) -> None:
         return {(name, "other"): 1.0, (name, "ms"): 0.123456789}
 
     def measure_all(rounds: int, *names: str) -> None:
-        chosen = [
-            jobs.Measurement("part", name, "ms", functools.partial(measure, name)) for name in names
-        ]
+        chosen = [("part", name, "ms", functools.partial(measure, name)) for name in names]
         jobs.measure_all(chosen, rounds, table)
 
     measure_all(1, "a")
@@ -497,12 +500,12 @@ def test_committed_measurements_are_known_as_such() -> None:
     ):
         rows = jobs.read(jobs.RESULTS / table)
         there = {(row["part"], row["case"], row["quantity"]) for row in rows}
-        for x in measurements:
-            assert (x.part, x.case, x.quantity) in there
+        for *key, _ in measurements:
+            assert tuple(key) in there
 
 
 @pytest.mark.parametrize(
-    "table, parts", [("scaling.csv", "atari, "), ("rlhf.csv", "reviews, arithmetic")]
+    "table, parts", [("scaling.csv", "gae, "), ("rlhf.csv", "reviews, arithmetic")]
 )
 def test_a_part_that_a_table_lacks_is_named(table: str, parts: str) -> None:
     with pytest.raises(SystemExit, match=f"--part: there is no nonsense, but .*{parts}"):
@@ -568,11 +571,11 @@ def test_a_changed_detail_is_a_line() -> None:
     assert list(line) == list(committed) and line["global_step"] in range(40, 65)
 
 
-def test_stable_baselines3_is_a_line_of_the_same_columns() -> None:
-    training = run.Training(
-        "Stable-Baselines3", "CartPole-v1", "x", 1, "--total-timesteps 256", [classic.SB3]
-    )
-    (line,) = training.line(0)
+@pytest.mark.parametrize("more", ["", " --units 8"])
+def test_stable_baselines3_is_a_line_of_the_same_columns(more: str) -> None:
+    """Its PPO, and with --units sb3-contrib's with a memory."""
+    flags = f"--total-timesteps 256{more}"
+    (line,) = run.Training("Peer", "CartPole-v1", "x", 1, flags, [classic.SB3]).line(0)
     (committed, *_) = jobs.read(jobs.RESULTS / "classic.csv")
     assert list(line) == list(committed) and line["global_step"] == 256
 
@@ -586,26 +589,31 @@ def test_speed_is_a_line() -> None:
     assert line["rows"] == 128 and line["steps_per_second"] > 0 and line["peak_mb"] > 50
 
 
+def test_speed_with_a_memory_is_a_line() -> None:
+    (committed, *_) = jobs.read(jobs.RESULTS / "lstm_speed.csv")
+    for contender in lstm.contenders():
+        small = dict(num_envs=4, num_steps=16, total_timesteps=192)
+        settings = dataclasses.replace(contender.settings, **small)
+        contender = dataclasses.replace(contender, settings=settings)
+        (line,) = lstm.measure_speed(contender, 1, 0)
+        assert list(line) == list(committed) and line["rows"] == 64
+        assert line["steps_per_second"] > 0 and line["steps_per_cpu_second"] > 0
+
+
 def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     flags = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
     flags += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
-    line = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32").line(tmp_path)
+    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")
+    (line,) = run.line(tmp_path)
     (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
     assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
-    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")  # finished: only read
-    (option,) = rlhf_options.line(run, tmp_path, 0)
+    (committed, *_) = jobs.read(jobs.RESULTS / "rlhf_options.csv")
+    (option,) = run.line(tmp_path, columns=list(committed))  # finished: it is only read
     assert {name: option[name] for name in line} == line
     assert option["option"] == "default" and option["optimum_kl"] > 0.0
-    table = rlhf_options.markdown([option | {"task": "reviews", "gold": 0.5}])
+    jobs.append(tmp_path / "rlhf_options.csv", [option])
+    table = tables.markdown(tables.Args(table="rlhf_options.csv", results=tmp_path))
     assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} |")
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_page_has_the_table_of_the_options_of_rlhf(language: str) -> None:
-    page = (jobs.ROOT / "docs" / language / "rlhf.md").read_text()
-    mark = "<!-- lines of python -m benchmarks.rlhf_options --only table -->\n\n"
-    table = rlhf_options.markdown(jobs.read(jobs.RESULTS / "rlhf_options.csv"))
-    assert f"{mark}{table}\n\n<!-- end -->" in page
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,10 +636,10 @@ def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_overhead_is_measured() -> None:
-    flags = f"{QUICK} --total-timesteps 640"
-    share = overhead.checkpoints("ppo_discrete.py", flags)
-    assert 0.0 < share[f"ppo_discrete.py {flags}", "checkpoints, % of the time"] < 100.0
-    rate, _ = overhead.rate_and_beginning("ppo_discrete.py", flags, (), "")
+    command = f"ppo_discrete.py {QUICK} --total-timesteps 640"
+    share = overhead.checkpoints(command)
+    assert 0.0 < share[command, "checkpoints, % of the time"] < 100.0
+    rate, _ = overhead.rate_and_beginning(command)
     assert rate > 0.0
 
 

@@ -14,7 +14,7 @@ import experiment
 import ppo_discrete
 import ppo_lstm
 from benchmarks import lstm
-from benchmarks.jobs import wrapped
+from benchmarks.jobs import RESULTS, read, wrapped
 from experiment import RecordedEnvs, Run, UserError, load_agent
 from ppo_lstm import Agent, train
 from tests.helpers import ROOT, StopAfter, make_agent, parameter_vector, quick_args, spy
@@ -413,16 +413,9 @@ def test_maze_without_a_memory_stays_at_chance(run_dir) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_table_of_the_page_is_that_of_the_committed_runs(language: str) -> None:
-    page = (ROOT / "docs" / language / "lstm.md").read_text()
-    pattern = r"<!-- lines of python -m benchmarks.lstm --work table -->\n\n(.*?)\n\n<!-- end -->"
-    assert re.findall(pattern, page, re.DOTALL) == [lstm.table()]
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
 def test_effects_of_details_of_the_memory_are_those_of_the_committed_runs(language: str) -> None:
     means: dict[str, list[float]] = {}
-    for row in lstm.read(lstm.RESULTS / "lstm.csv"):
+    for row in read(RESULTS / "lstm.csv"):
         if row["env_id"] == lstm.MAZE and row["script"] == "ppo_lstm.py":
             means.setdefault(row["config"], []).append(float(row["eval_mean"]))
     page = (ROOT / "docs" / language / "details.md").read_text()
@@ -435,7 +428,7 @@ def test_effects_of_details_of_the_memory_are_those_of_the_committed_runs(langua
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_speeds_of_the_page_are_the_medians_of_the_committed_runs(language: str) -> None:
     page = (ROOT / "docs" / language / "lstm.md").read_text()
-    rows = lstm.read(lstm.RESULTS / "lstm_speed.csv")
+    rows = read(RESULTS / "lstm_speed.csv")
     for column in ("steps_per_second", "steps_per_cpu_second"):
         for name in ("ppo_lstm.py", "RecurrentPPO"):
             median = np.median([float(row[column]) for row in rows if row["contender"] == name])
@@ -445,10 +438,10 @@ def test_speeds_of_the_page_are_the_medians_of_the_committed_runs(language: str)
 # ---- What benchmarks/lstm.py changes -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", lstm.CHANGES)
+@pytest.mark.parametrize("name", [name for name, wraps in lstm.WRAPS.items() if wraps])
 def test_changes_of_the_benchmark_change_what_is_learned(run_dir, name: str) -> None:
     learned = []
-    for changes in ({}, lstm.CHANGES[name]):
+    for changes in ({}, lstm.WRAPS[name]):
         with wrapped(ppo_lstm, changes):
             args = quick_args(ppo_lstm, run_dir / str(len(learned)), **COUNTER, update_epochs=1)
             agent, _ = train(args, on_iteration=StopAfter(2))

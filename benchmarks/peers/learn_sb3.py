@@ -1,5 +1,7 @@
 """Train Stable-Baselines3's PPO with rl-baselines3-zoo's settings, for benchmarks/classic.py.
 
+With --units, it is sb3-contrib's RecurrentPPO without velocities, for benchmarks/lstm.py.
+
 It takes our scripts' flags and writes what they write, results.json and metrics.csv, so that the
 same runner reads it. Evaluation is ours: 100 episodes on fresh environments, each in one of its
 own, with the statistics of the normaliser frozen, deterministic and stochastic.
@@ -11,14 +13,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
+
+from benchmarks.lstm import hide
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Args:
     env_id: str
     seed: int
     total_timesteps: int
+    units: int | None = None  # of each LSTM
     run_dir: Path = Path("runs/sb3")
 
 
@@ -35,7 +42,8 @@ def falling(start: float):
     return lambda left: start * left
 
 
-# From hyperparams/ppo.yml of rl-baselines3-zoo; a name with "envs" or "normalize" is not PPO's.
+# From hyperparams/ppo.yml of rl-baselines3-zoo, whose ppo_lstm.yml (at 038ab16) has the same; a
+# name with "envs" or "normalize" is not PPO's.
 ZOO: dict[str, dict] = {
     "CartPole-v1": {
         "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
@@ -80,17 +88,26 @@ class Curve(BaseCallback):
         self.episodes, self.returns = self.episodes + self.returns, []
 
 
-def evaluate(model: PPO, env_id: str, deterministic: bool, episodes: int = 100) -> np.ndarray:
-    envs: DummyVecEnv | VecNormalize = make_vec_env(env_id, episodes, seed=12345)
+def make_envs(args: Args, num_envs: int, seed: int) -> Any:
+    return make_vec_env(
+        args.env_id, num_envs, seed=seed, wrapper_class=None if args.units is None else hide
+    )
+
+
+def evaluate(model: Any, args: Args, deterministic: bool, episodes: int = 100) -> np.ndarray:
+    """Return the returns of one episode in each environment."""
+    envs = make_envs(args, episodes, seed=12345)
     trained = model.get_vec_normalize_env()
     if trained is not None:
         envs = VecNormalize(envs, training=False, norm_reward=False)
         envs.obs_rms = trained.obs_rms
     obs, returns, running = envs.reset(), np.zeros(episodes), np.ones(episodes, bool)
+    state, begins = None, running
     while running.any():
-        obs, rewards, done, _ = envs.step(model.predict(obs, deterministic=deterministic)[0])
+        actions, state = model.predict(obs, state, begins, deterministic)
+        obs, rewards, begins, _ = envs.step(actions)
         returns[running] += rewards[running]
-        running &= ~done
+        running = running & ~begins
     return returns
 
 
@@ -99,17 +116,22 @@ def main() -> None:
     torch.set_num_threads(1)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     settings = dict(ZOO[args.env_id])
-    envs = make_vec_env(args.env_id, settings.pop("envs"), seed=args.seed)
+    envs = make_envs(args, settings.pop("envs"), args.seed)
     if settings.pop("normalize", False):
         envs = VecNormalize(envs, gamma=settings["gamma"])
-    logs = tempfile.mkdtemp()
-    model = PPO("MlpPolicy", envs, **settings, seed=args.seed, device="cpu", tensorboard_log=logs)
+    settings |= {"seed": args.seed, "device": "cpu", "tensorboard_log": tempfile.mkdtemp()}
+    model: Any
+    if args.units is None:
+        model = PPO("MlpPolicy", envs, **settings)
+    else:
+        network = {"lstm_hidden_size": args.units}
+        model = RecurrentPPO("MlpLstmPolicy", envs, **settings, policy_kwargs=network)
     curve, start = Curve(), time.perf_counter()
     model.learn(args.total_timesteps, callback=curve, log_interval=1)
     sps = int(model.num_timesteps / (time.perf_counter() - start))
     with open(args.run_dir / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows([("global_step", "charts/episodic_return"), *curve.rows])
-    likeliest, sampled = (evaluate(model, args.env_id, d) for d in (True, False))
+    likeliest, sampled = (evaluate(model, args, d) for d in (True, False))
     last = curve.episodes[-100:]
     results = {
         "global_step": model.num_timesteps,

@@ -11,6 +11,12 @@ script = importlib.import_module(Path(sys.argv.pop()).stem)
 Run = script.experiment.Run
 
 
+def first_observations(self, agent, observe: Callable = Run.first_observations):
+    obs = observe(self, agent)
+    common.COUNTS.update(dict.fromkeys(common.COUNTS, 0))  # these steps are no batch's
+    return obs
+
+
 def end_iteration(self, metrics: dict, end: Callable = Run.end_iteration) -> bool:
     stop = end(self, metrics)
     rows = self.iteration * self.args.batch_size
@@ -18,5 +24,5 @@ def end_iteration(self, metrics: dict, end: Callable = Run.end_iteration) -> boo
     return stop
 
 
-Run.end_iteration = end_iteration
+Run.first_observations, Run.end_iteration = first_observations, end_iteration
 script.experiment.main(script.Args, script.train)

@@ -1,10 +1,12 @@
-"""Run the work of benchmarks/speed.py with Stable-Baselines3.
+"""Run the work of benchmarks/speed.py with Stable-Baselines3, or sb3-contrib's for lstm.py.
 
 Its own ways: DummyVecEnv, VecNormalize, clip_range_vf for the value clip, TensorBoard every
 iteration. It halves no value loss, hence vf_coef / 2, and takes Adam's eps 1e-5 by itself.
 """
 
+import sys
 import tempfile
+from typing import Any
 
 import torch
 from common import settings, tick
@@ -26,11 +28,21 @@ class Tick(BaseCallback):
             tick(self.num_timesteps, lambda obs: self.model.predict(obs, deterministic=True)[0])
 
 
-envs = make_vec_env(s.env_id, s.num_envs, seed=s.seed)
+algorithm: Any = PPO
+policy, wrapper = "MlpPolicy", None
+network = {"activation_fn": torch.nn.Tanh if s.activation == "tanh" else torch.nn.ReLU}
+if "recurrent" in sys.argv:
+    from sb3_contrib import RecurrentPPO
+
+    from benchmarks.lstm import hide
+
+    algorithm, policy, wrapper = RecurrentPPO, "MlpLstmPolicy", hide
+    network |= {"lstm_hidden_size": 64, "net_arch": {"pi": [64], "vf": [64]}}
+envs = make_vec_env(s.env_id, s.num_envs, seed=s.seed, wrapper_class=wrapper)
 if s.normalise:
     envs = VecNormalize(envs, gamma=s.gamma)
-model = PPO(
-    "MlpPolicy",
+model = algorithm(
+    policy,
     envs,
     n_steps=s.num_steps,
     batch_size=s.minibatch_size,
@@ -43,7 +55,7 @@ model = PPO(
     ent_coef=s.ent_coef,
     vf_coef=s.vf_coef / 2,
     max_grad_norm=s.max_grad_norm,
-    policy_kwargs={"activation_fn": torch.nn.Tanh if s.activation == "tanh" else torch.nn.ReLU},
+    policy_kwargs=network,
     device="cpu",
     seed=s.seed,
     tensorboard_log=tempfile.mkdtemp(),
