@@ -102,8 +102,8 @@ def gain(name: str, command: str, more: str = "", launcher: tuple[str, ...] = ()
         _, again = rate_and_beginning(command + more, launcher, cache)
     quantities = {"steps/s without": without, "with": rate, "times": rate / without}
     if more:  # the loop's time excludes torchrun's start
-        quantities["begins later by, s"] = first - began
-        quantities["the second time, s"] = again - began
+        quantities["starts later by, s"] = first - began
+        quantities["on the second run, s"] = again - began
     return {(name, quantity): value for quantity, value in quantities.items()}
 
 

@@ -116,7 +116,7 @@ def digits(x: float) -> str:
 
 
 def ranges(folder: Path = RESULTS / "pitfalls") -> str:
-    """Return one row per logged number: 5 to 95 % of each script's healthy iterations."""
+    """Return one row per logged number: 5 to 95% of each script's healthy iterations."""
     columns = {
         "ppo_discrete.py": [*load("cartpole", folder), *load("lake", folder)],
         "ppo_continuous.py": load("pendulum", folder),
@@ -167,7 +167,7 @@ def outcomes(folder: Path = RESULTS / "pitfalls") -> str:
             flags = "no `--ent-coef`"
         lines.append([f"[{name}](#{name})", flags, len(runs), whole, last])
         lines[-1].append(f"`{case.number}`: {number}")
-    return markdown_table([*heads, ":the number that tells"], lines)
+    return markdown_table([*heads, ":logged value that gives it away"], lines)
 
 
 def main() -> None:

@@ -145,14 +145,20 @@ def peers(args: Args, settings: Settings) -> list[Contender]:
         return Contender(name, python, PEERS / f"run_{folder}.py", settings, flags, **more)
 
     found = []
+    rust = "environment in Rust" if settings.env_id == CARTPOLE.env_id else ""
+    jax = "networks in JAX, value loss not clipped, gradients of the two clipped apart"
     for name, folder, package, remark in (
         ("Stable-Baselines3", "sb3", "stable-baselines3", ""),
         ("Tianshou", "tianshou", "tianshou", ""),
         ("torchrl", "torchrl", "torchrl", ""),
         ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
+        ("rlox", "rlox", "rlox", rust),
+        ("SBX", "sbx", "sbx-rl", jax),
     ):
         if args.work != "pong":
-            found.append(peer(name, folder, as_json=True, package=package, remark=remark))
+            library = peer(name, folder, as_json=True, package=package, remark=remark)
+            library.countable = folder not in ("rlox", "sbx")
+            found.append(library)
     if args.cleanrl:
         scripts = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}
         script = scripts.get(args.work, "ppo.py")

@@ -12,11 +12,11 @@ On a page, a table stands between two comments. The first is the command that pr
     <!-- end -->
 
 The interquartile mean (IQM) leaves out the lowest and the highest quarter of the seeds; its
-interval is the middle 95 % of the IQMs of 20,000 resamplings of the seeds with replacement, as
+interval is the middle 95% of the IQMs of 20,000 resamplings of the seeds with replacement, as
 Agarwal et al. 2021 ("Deep RL at the Edge of the Statistical Precipice") propose. Their rliable
 gives the same numbers, but its version 1.2.0 cannot be imported with pandas 3, hence SciPy. The
 interval cannot reach beyond the seeds seen, so with few of them it is too narrow: for normal scores
-it covers the true value in 94 % of cases with 10 seeds, 89 % with 5 and 76 % with 3. Differences
+it covers the true value in 94% of cases with 10 seeds, 89% with 5 and 76% with 3. Differences
 between two configurations are therefore judged by Welch's t interval instead.
 """
 
@@ -62,7 +62,7 @@ def iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def interval(scores: np.ndarray, resamplings: int = 20_000) -> tuple[float, float]:
-    """Return the bootstrap 95 % interval of the IQM of scores (seeds,)."""
+    """Return the bootstrap 95% interval of the IQM of scores (seeds,)."""
     if len(scores) == 1:
         return scores[0], scores[0]
     drawn = bootstrap((scores,), iqm, n_resamples=resamplings, method="percentile", rng=0)
@@ -71,7 +71,7 @@ def interval(scores: np.ndarray, resamplings: int = 20_000) -> tuple[float, floa
 
 
 def change_interval(x: np.ndarray, default: np.ndarray) -> tuple[float, float]:
-    """Return Welch's 95 % interval of mean(x) - mean(default); infinite for a single seed."""
+    """Return Welch's 95% interval of mean(x) - mean(default); infinite for a single seed."""
     if min(len(x), len(default)) < 2:
         return -np.inf, np.inf
     if x.std() == default.std() == 0.0:
@@ -120,7 +120,7 @@ def seeds(rows: Rows) -> str:
     figures = published.MUJOCO | (published.CLASSIC if several else {})
     compared = any(env_id in figures for env_id, _, _ in groups)
     heads = [":environment", *[":script"] * several, ":configuration", "steps", "seeds"]
-    heads += ["deterministic: mean ± std", "IQM [95 %]", "lowest seed", "stochastic"]
+    heads += ["deterministic: mean ± std", "IQM [95%]", "lowest seed", "stochastic"]
     lines = []
     for (env_id, script, config), group in groups.items():
         x, stochastic = numbers(group, "eval_mean"), numbers(group, "eval_stochastic_mean")
@@ -260,7 +260,7 @@ def mean_and_deviation(x: np.ndarray) -> str:
 
 
 def rlhf_details(rows: Rows) -> str:
-    """Return one line per change, marked where the 95 % interval of its difference excludes 0."""
+    """Return one line per change, marked where the 95% interval of its difference excludes 0."""
     columns = {
         "gold": "gold",
         "proxy": "proxy",
@@ -340,7 +340,7 @@ def scores_of_changes(rows: Rows, order: str) -> dict[str, dict[str, np.ndarray]
 
 
 def changes(rows: Rows, order: str) -> str:
-    """Return one line per change, one column per task; marked where the 95 % interval excludes 0.
+    """Return one line per change, one column per task; marked where the 95% interval excludes 0.
 
     Up to three seeds are listed; more are shown by their standard deviation.
     """

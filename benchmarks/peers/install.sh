@@ -17,11 +17,13 @@ declare -A packages=(
     [tianshou]="$torch tianshou==2.0.1" # needs Python 3.11 or newer
     [torchrl]="$torch torchrl==0.14.1 tensorboard"
     [skrl]="$torch skrl==2.1.1 tensorboard"
+    [rlox]="$torch rlox==1.2.0 tensorboard"
+    [sbx]="$torch sbx-rl==0.28.0 tensorboard"
     [cleanrl]="$torch tensorboard tyro ale-py==0.12.1 opencv-python-headless==5.0.0.93"
     [leanrl]="$torch tensordict==0.14.3 tyro tqdm"
     [purejaxrl]="jax[cpu]==0.10.2 flax==0.12.8 optax==0.2.8 distrax==0.1.9 gymnax==0.0.9"
 )
-for peer in ${@:-sb3 tianshou torchrl skrl cleanrl leanrl purejaxrl}; do
+for peer in ${@:-sb3 tianshou torchrl skrl rlox sbx cleanrl leanrl purejaxrl}; do
     echo "+ $peer: $gymnasium ${packages[$peer]}"
     "$python" -m venv ".venv-peers/$peer"
     # shellcheck disable=SC2086

@@ -1,9 +1,11 @@
-"""Run the work of benchmarks/speed.py with Stable-Baselines3, or sb3-contrib's for lstm.py.
+"""Run the work of benchmarks/speed.py with Stable-Baselines3, SBX, or sb3-contrib's RecurrentPPO.
 
 Its own ways: DummyVecEnv, VecNormalize, clip_range_vf for the value clip, TensorBoard every
-iteration. It halves no value loss, hence vf_coef / 2, and takes Adam's eps 1e-5 by itself.
+iteration. It halves no value loss, hence vf_coef / 2, and takes Adam's eps 1e-5 by itself. SBX,
+the same in JAX, is taken where it is installed; it ignores clip_range_vf.
 """
 
+import contextlib
 import sys
 import tempfile
 from typing import Any
@@ -30,7 +32,16 @@ class Tick(BaseCallback):
 
 algorithm: Any = PPO
 policy, wrapper = "MlpPolicy", None
-network = {"activation_fn": torch.nn.Tanh if s.activation == "tanh" else torch.nn.ReLU}
+network: dict[str, Any] = {
+    "activation_fn": torch.nn.Tanh if s.activation == "tanh" else torch.nn.ReLU
+}
+with contextlib.suppress(ImportError):
+    import jax
+    import sbx
+
+    algorithm = sbx.PPO
+    network = {"activation_fn": jax.numpy.tanh if s.activation == "tanh" else jax.nn.relu}
+    network |= {"net_arch": [64, 64], "ortho_init": True}
 if "recurrent" in sys.argv:
     from sb3_contrib import RecurrentPPO
 
