@@ -77,7 +77,7 @@ class Args(RunArgs):
     learning_rate: float = 2e-3  # Adam's learning rate in PPO.
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (N details).
     warmup_iterations: int = 10  # First iterations, in which the learning rate rises from 0.
-    num_iterations: int | None = None  # Iterations of PPO: 40 by default, 120 for arithmetic.
+    num_iterations: int | None = None  # Iterations of PPO: 40 by default, 240 for arithmetic.
     batch_size: int | None = None  # B: answers in a rollout. 128 by default, 512 for arithmetic.
     update_epochs: int | None = None  # K: passes over the batch. 4 by default, 2 for arithmetic.
     num_minibatches: int = 4  # Minibatches in one pass over the batch.
@@ -219,7 +219,7 @@ class Arithmetic(Task):
 
     tokenizer = Tokenizer(list("0123456789+="), separator="")
     prompt_size = 6
-    batch_size, num_iterations, update_epochs, sft_steps = 512, 120, 2, 5000  # of short answers
+    batch_size, num_iterations, update_epochs, sft_steps = 512, 240, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
         pairs = rng.integers(0, 100, (10 * count + 100, 2)).tolist()  # a seventh is held out
