@@ -572,7 +572,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
     """Read a folder's checkpoint as data, which runs no code; return it and its arguments."""
-    with as_user_error(f"{folder} holds no run of this script", Exception):
+    with as_user_error(f"{folder} holds no checkpoint of this script", Exception):
         if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # torch.load does not check it
             raise ValueError("checkpoint.pt is damaged")
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)

@@ -1159,7 +1159,7 @@ def test_load_agent_of_another_network_is_a_user_error(run_dir) -> None:
     stop_after(1, run_dir)
     with pytest.raises(UserError, match="no such agent"):
         load_agent(run_dir, ppo_discrete.Args, Deeper)
-    with pytest.raises(UserError, match="holds no run of this script"):
+    with pytest.raises(UserError, match="holds no checkpoint of this script"):
         load_agent(run_dir, ppo_continuous.Args, ppo_continuous.Agent)
 
 
