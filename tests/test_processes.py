@@ -148,7 +148,7 @@ def test_a_run_saved_by_two_processes_is_not_resumed_by_one(two_processes, tmp_p
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (dict(num_envs=5), "--num-envs 5"),
+        (dict(num_envs=5), "--num-envs must be a multiple of 2"),
         # Of 5 rows of an environment 3 may be resets: 4 x 2 are too few for 8 minibatches of 2.
         (dict(num_envs=8, num_steps=5, num_minibatches=8, total_timesteps=40), "minibatches 8"),
     ],
