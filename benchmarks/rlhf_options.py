@@ -28,7 +28,7 @@ OPTIONS = {
     "GRPO, k3 in the loss": f"{GROUP} grpo --kl-in-loss --kl-estimator k3",
     "clip-higher 0.28": "--clip-coef-high 0.28",
 }
-# A group learns only where its answers differ, so it needs more of them: here twice the critic's.
+# A group learns only where its answers differ, so it gets more of them, twice the critic's.
 LARGE_BATCH = "--baseline group --group-size 4 --batch-size 2048 --num-minibatches 16"
 LARGE_BATCH += " --num-iterations 120"
 

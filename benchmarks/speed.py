@@ -146,19 +146,22 @@ def peers(args: Args, settings: Settings) -> list[Contender]:
 
     found = []
     rust = "environment in Rust" if settings.env_id == CARTPOLE.env_id else ""
-    jax = "networks in JAX, value loss not clipped, gradients of the two clipped apart"
     for name, folder, package, remark in (
         ("Stable-Baselines3", "sb3", "stable-baselines3", ""),
         ("Tianshou", "tianshou", "tianshou", ""),
         ("torchrl", "torchrl", "torchrl", ""),
         ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
         ("rlox", "rlox", "rlox", rust),
-        ("SBX", "sbx", "sbx-rl", jax),
     ):
         if args.work != "pong":
             library = peer(name, folder, as_json=True, package=package, remark=remark)
-            library.countable = folder not in ("rlox", "sbx")
+            library.countable = "in Rust" not in remark
             found.append(library)
+    if args.work != "pong":
+        sbx = peer("SBX", "sbx", "sbx", as_json=True, countable=False, package="sbx-rl")
+        sbx.script = PEERS / "run_sb3.py"
+        sbx.remark = "networks in JAX, value loss not clipped, gradients of the two clipped apart"
+        found.append(sbx)
     if args.cleanrl:
         scripts = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}
         script = scripts.get(args.work, "ppo.py")

@@ -1,11 +1,10 @@
 """Run the work of benchmarks/speed.py with Stable-Baselines3, SBX, or sb3-contrib's RecurrentPPO.
 
 Its own ways: DummyVecEnv, VecNormalize, clip_range_vf for the value clip, TensorBoard every
-iteration. It halves no value loss, hence vf_coef / 2, and takes Adam's eps 1e-5 by itself. SBX,
-the same in JAX, is taken where it is installed; it ignores clip_range_vf.
+iteration. It halves no value loss, hence vf_coef / 2, and takes Adam's eps 1e-5 by itself. SBX is
+the same in JAX; it ignores clip_range_vf.
 """
 
-import contextlib
 import sys
 import tempfile
 from typing import Any
@@ -35,7 +34,7 @@ policy, wrapper = "MlpPolicy", None
 network: dict[str, Any] = {
     "activation_fn": torch.nn.Tanh if s.activation == "tanh" else torch.nn.ReLU
 }
-with contextlib.suppress(ImportError):
+if "sbx" in sys.argv:
     import jax
     import sbx
 
