@@ -571,9 +571,9 @@ def test_a_changed_detail_is_a_line() -> None:
     assert list(line) == list(committed) and line["global_step"] in range(40, 65)
 
 
-@pytest.mark.parametrize("more", ["", " --units 8"])
+@pytest.mark.parametrize("more", ["", " --recurrent"])
 def test_stable_baselines3_is_a_line_of_the_same_columns(more: str) -> None:
-    """Its PPO, and with --units sb3-contrib's with a memory."""
+    """Its PPO, and with --recurrent sb3-contrib's with a memory."""
     flags = f"--total-timesteps 256{more}"
     (line,) = run.Training("Peer", "CartPole-v1", "x", 1, flags, [classic.SB3]).line(0)
     (committed, *_) = jobs.read(jobs.RESULTS / "classic.csv")

@@ -1,6 +1,6 @@
 """Train Stable-Baselines3's PPO with rl-baselines3-zoo's settings, for benchmarks/classic.py.
 
-With --units, it is sb3-contrib's RecurrentPPO without velocities, for benchmarks/lstm.py.
+With --recurrent, it is sb3-contrib's RecurrentPPO without velocities, for benchmarks/lstm.py.
 
 It takes our scripts' flags and writes what they write, results.json and metrics.csv, so that the
 same runner reads it. Evaluation is ours: 100 episodes on fresh environments, each in one of its
@@ -34,7 +34,7 @@ class Args:
     env_id: str
     seed: int
     total_timesteps: int
-    units: int | None = None  # of each LSTM
+    recurrent: bool = False
     run_dir: Path = Path("runs/sb3")
 
 
@@ -42,8 +42,7 @@ def falling(start: float):
     return lambda left: start * left
 
 
-# From hyperparams/ppo.yml of rl-baselines3-zoo, whose ppo_lstm.yml (at 038ab16) has the same; a
-# name with "envs" or "normalize" is not PPO's.
+# From hyperparams/ppo.yml of rl-baselines3-zoo; "envs" and "normalize" are no arguments of PPO's.
 ZOO: dict[str, dict] = {
     "CartPole-v1": {
         "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
@@ -65,6 +64,19 @@ ZOO: dict[str, dict] = {
         "envs": 4, "n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10,
         "learning_rate": 1e-3, "use_sde": True, "sde_sample_freq": 4,
     },
+}  # fmt: skip
+# From hyperparams/ppo_lstm.yml at 22e3ff2. Its CartPole and LunarLander are without velocities and
+# marked as tuned; Acrobot is neither, and gets the network that both of them have.
+RECURRENT_ZOO = {
+    "CartPole-v1": ZOO["CartPole-v1"] | {"normalize": True},
+    "Acrobot-v1": ZOO["Acrobot-v1"],
+    "LunarLander-v3": ZOO["LunarLander-v3"] | {
+        "envs": 32, "normalize": True, "n_steps": 512, "batch_size": 128,
+    },
+}  # fmt: skip
+RECURRENT_NETWORK = {
+    "lstm_hidden_size": 64, "enable_critic_lstm": True, "net_arch": {"pi": [64], "vf": [64]},
+    "activation_fn": torch.nn.ReLU, "ortho_init": False,
 }  # fmt: skip
 
 
@@ -90,7 +102,7 @@ class Curve(BaseCallback):
 
 def make_envs(args: Args, num_envs: int, seed: int) -> Any:
     return make_vec_env(
-        args.env_id, num_envs, seed=seed, wrapper_class=None if args.units is None else hide
+        args.env_id, num_envs, seed=seed, wrapper_class=hide if args.recurrent else None
     )
 
 
@@ -115,17 +127,16 @@ def main() -> None:
     args = tyro.cli(Args)
     torch.set_num_threads(1)
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    settings = dict(ZOO[args.env_id])
+    settings = dict((RECURRENT_ZOO if args.recurrent else ZOO)[args.env_id])
     envs = make_envs(args, settings.pop("envs"), args.seed)
     if settings.pop("normalize", False):
         envs = VecNormalize(envs, gamma=settings["gamma"])
     settings |= {"seed": args.seed, "device": "cpu", "tensorboard_log": tempfile.mkdtemp()}
     model: Any
-    if args.units is None:
-        model = PPO("MlpPolicy", envs, **settings)
+    if args.recurrent:
+        model = RecurrentPPO("MlpLstmPolicy", envs, **settings, policy_kwargs=RECURRENT_NETWORK)
     else:
-        network = {"lstm_hidden_size": args.units}
-        model = RecurrentPPO("MlpLstmPolicy", envs, **settings, policy_kwargs=network)
+        model = PPO("MlpPolicy", envs, **settings)
     curve, start = Curve(), time.perf_counter()
     model.learn(args.total_timesteps, callback=curve, log_interval=1)
     sps = int(model.num_timesteps / (time.perf_counter() - start))
