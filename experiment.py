@@ -354,13 +354,13 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         if self.any_done:
             rewards[begins] = 0.0
         self.returns += rewards
-        self.lengths += ~begins
+        self.lengths += 1
         self.done = terminated | truncated
         self.any_done = bool(np.count_nonzero(self.done))
         if self.any_done:
             for i in self.done.nonzero()[0].tolist():
                 self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
-            self.returns[self.done] = self.lengths[self.done] = 0
+            self.returns[self.done], self.lengths[self.done] = 0.0, -1  # the reset is no step
         obs, info = self.complete(obs, info, begins)
         return obs, rewards, terminated, truncated, info
 

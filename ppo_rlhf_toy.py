@@ -217,12 +217,12 @@ class Reviews(Task):
 class Arithmetic(Task):
     """Answer "27+8=". The answer can be checked, so there is no reward model."""
 
-    tokenizer = Tokenizer(list("0123456789+="), separator="")
-    prompt_size = 6
+    tokenizer, prompt_size = Tokenizer(list("0123456789+="), separator=""), 6
     batch_size, num_iterations, update_epochs, sft_steps = 512, 240, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
-        pairs = rng.integers(0, 100, (10 * count + 100, 2)).tolist()  # a seventh is held out
+        power = 1.0 if held_out else 1.5  # more numbers of one digit, which PPO sees too rarely
+        pairs = (100.0 * rng.random((10 * count + 100, 2)) ** power).astype(int).tolist()
         return [f"{a}+{b}=" for a, b in pairs if held_out == ((a + 3 * b) % 7 == 0)][:count]
 
     def demonstration(self, prompt: str, rng: np.random.Generator | None = None) -> str:

@@ -38,7 +38,7 @@ class Args(Shared):
     """Measure the options of RLHF."""
 
     seeds: tuple[int, ...] = (200, 201, 202, 203)  # of reviews
-    arithmetic_seeds: tuple[int, ...] = (200, 201, 202, 210, 211, 212)
+    arithmetic_seeds: tuple[int, ...] = (213, 214, 215, 216, 217, 218)
     runs: Path = RUNS  # where the run folders go
     only: Literal["all", "memory"] = "all"
 

@@ -370,7 +370,7 @@ def test_gold_of_arithmetic_is_one_for_the_sum_alone() -> None:
 
 def test_prompts_of_arithmetic_held_out_are_never_trained_on() -> None:
     rng = np.random.default_rng(0)
-    shown, held_out = (set(ARITHMETIC.prompts(30_000, rng, h)) for h in (False, True))
+    shown, held_out = (set(ARITHMETIC.prompts(100_000, rng, h)) for h in (False, True))
     assert not shown & held_out and len(shown) + len(held_out) > 9_700
 
 
