@@ -5,7 +5,7 @@
 """PPO for language models: the whole RLHF pipeline in one file that reads from top to bottom.
 
     python ppo_rlhf_toy.py                      # gold .45 -> .97 in about a minute on one CPU core
-    python ppo_rlhf_toy.py --task arithmetic    # accuracy .47 -> .96 with a verifiable reward
+    python ppo_rlhf_toy.py --task arithmetic    # accuracy .50 -> .98 with a verifiable reward
 
 `train` runs three stages:
     sft                 the policy learns from demonstrations; a frozen copy is the reference
