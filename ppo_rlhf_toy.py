@@ -221,7 +221,7 @@ class Arithmetic(Task):
     batch_size, num_iterations, update_epochs, sft_steps = 512, 240, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
-        power = 1.0 if held_out else 1.5  # more numbers of one digit, which PPO sees too rarely
+        power = 1.0 if held_out else 1.5  # twice as many of one digit: PPO would see too few
         pairs = (100.0 * rng.random((10 * count + 100, 2)) ** power).astype(int).tolist()
         return [f"{a}+{b}=" for a, b in pairs if held_out == ((a + 3 * b) % 7 == 0)][:count]
 

@@ -145,13 +145,14 @@ def peers(args: Args, settings: Settings) -> list[Contender]:
         return Contender(name, python, PEERS / f"run_{folder}.py", settings, flags, **more)
 
     found = []
-    rust = "environment in Rust" if settings.env_id == CARTPOLE.env_id else ""
+    on_cartpole, whole = settings.env_id == CARTPOLE.env_id, "advantages normalised over the batch"
+    vectorised = "Gymnasium's vectorised CartPole, " if on_cartpole else ""
     for name, folder, package, remark in (
         ("Stable-Baselines3", "sb3", "stable-baselines3", ""),
         ("Tianshou", "tianshou", "tianshou", ""),
         ("torchrl", "torchrl", "torchrl", ""),
-        ("skrl", "skrl", "skrl", "advantages normalised over the batch"),
-        ("rlox", "rlox", "rlox", rust),
+        ("skrl", "skrl", "skrl", vectorised + whole),
+        ("rlox", "rlox", "rlox", "environment in Rust" if on_cartpole else ""),
     ):
         if args.work != "pong":
             library = peer(name, folder, as_json=True, package=package, remark=remark)
@@ -160,7 +161,7 @@ def peers(args: Args, settings: Settings) -> list[Contender]:
     if args.work != "pong":
         sbx = peer("SBX", "sbx", "sbx", as_json=True, countable=False, package="sbx-rl")
         sbx.script = PEERS / "run_sb3.py"
-        sbx.remark = "networks in JAX, value loss not clipped, gradients of the two clipped apart"
+        sbx.remark = "networks in JAX, value loss not clipped, gradients of policy and critic apart"
         found.append(sbx)
     if args.cleanrl:
         scripts = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}

@@ -42,7 +42,7 @@ def falling(start: float):
     return lambda left: start * left
 
 
-# From hyperparams/ppo.yml of rl-baselines3-zoo; "envs" and "normalize" are no arguments of PPO's.
+# From hyperparams/ppo.yml of rl-baselines3-zoo; "envs" and "normalize" are not arguments of PPO.
 ZOO: dict[str, dict] = {
     "CartPole-v1": {
         "envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98,
