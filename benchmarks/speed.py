@@ -161,7 +161,7 @@ def peers(args: Args, settings: Settings) -> list[Contender]:
     if args.work != "pong":
         sbx = peer("SBX", "sbx", "sbx", as_json=True, countable=False, package="sbx-rl")
         sbx.script = PEERS / "run_sb3.py"
-        sbx.remark = "networks in JAX, value loss not clipped, gradients of policy and critic apart"
+        sbx.remark = "networks in JAX, value loss not clipped, gradient clipped per network"
         found.append(sbx)
     if args.cleanrl:
         scripts = {"half-cheetah": "ppo_continuous_action.py", "pong": "ppo_atari.py"}

@@ -374,6 +374,14 @@ def test_prompts_of_arithmetic_held_out_are_never_trained_on() -> None:
     assert not shown & held_out and len(shown) + len(held_out) > 9_700
 
 
+def test_one_digit_numbers_of_arithmetic_are_twice_as_frequent_in_training() -> None:
+    rng = np.random.default_rng(0)
+    for held_out, share in ((False, 0.1 ** (2 / 3)), (True, 0.1)):
+        numbers = "".join(ARITHMETIC.prompts(5_000, rng, held_out)).replace("=", "+").split("+")
+        digits = [len(number) for number in numbers if number]
+        assert np.mean(np.array(digits) == 1) == pytest.approx(share, abs=0.015)
+
+
 @pytest.mark.parametrize("name", rlhf.TASKS)
 def test_demonstrations_are_grammatical_and_fit(name: str) -> None:
     rng, args, task = np.random.default_rng(0), Args(), rlhf.TASKS[name]
