@@ -264,9 +264,8 @@ class SingleEnv(gym.Wrapper):
 def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> VectorEnv:
     """Make the environments that the flags name; raise `UserError` if a flag is wrong.
 
-    Environments that their author vectorised are one object, which cannot be wrapped: with a `wrap`
-    of yours single ones take their place, unless the flags ask otherwise. An error inside the
-    environment propagates with the traceback that its author needs.
+    Environments that their author vectorised cannot be wrapped: with a `wrap` of yours, single ones
+    take their place. An error inside the environment propagates with the traceback.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -279,6 +278,8 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
         wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
+        if wrap and not wrappers:
+            raise UserError("the script wraps single environments: name sync or async as the mode")
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         if not is_fault_of_a_flag(error, inspect.getfile(type(args))):
@@ -461,10 +462,10 @@ def to_device(array: Any, device: torch.device) -> Tensor:
 
 
 def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `net` as it is now, as a function from arrays to arrays.
+    """Return `net` as a function from arrays to arrays; make it anew after each update.
 
     For few rows PyTorch's overhead takes four times as long as NumPy, so a plain `nn.Sequential` of
-    `Linear`, `ReLU` and `Tanh` runs in NumPy. Any other module runs as it is.
+    `Linear`, `ReLU` and `Tanh` runs in NumPy, on copies. Any other module runs as it is.
     """
 
     def is_plain(module: nn.Module, *kinds: type) -> bool:
@@ -904,7 +905,6 @@ class Run(contextlib.ExitStack):
         return results
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Write results.json."""
         if self.folder is not None:
             results["wall_seconds"] = round(time.perf_counter() - self.loop_time, 2)
             with as_user_error(self.folder, OSError):

@@ -160,7 +160,7 @@ class Agent(nn.Module):
         self.reward_scaler = Normaliser((), clip=10.0, shift=False, enabled=args.norm_reward)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy, a function (obs (N, D), rng) -> actions (N, A).
+        """Return the policy as it is now, a function (obs (N, D), rng) -> actions (N, A).
 
         mean + std * standard normal noise is a sample; without `rng`, it is the mode.
         """
@@ -326,7 +326,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
 
             # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
             inputs = tensor(agent.obs_normaliser.snapshot()(obs))  # (T + 1, N, D)
-            # Only now: rollout and update must normalise alike, or the first ratio would not be 1.
+            # Only now: log_probs must be those of the policy that acted, which saw `inputs`.
             agent.obs_normaliser.update(obs[:-1][is_transition])
             taken = tensor(actions)
             with torch.no_grad():

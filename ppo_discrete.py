@@ -134,7 +134,7 @@ class Agent(nn.Module):
         self.obs_normaliser = Normaliser(self.obs_shape, clip=10.0, enabled=args.norm_obs)
 
     def policy(self) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy, a function (obs (N, D), masks, rng) -> actions (N, P).
+        """Return the policy as it is now, a function (obs (N, D), masks, rng) -> actions (N, P).
 
         argmax(logits + Gumbel noise) samples from softmax(logits); without `rng`, it is the mode.
         """
@@ -286,7 +286,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
 
             # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
             inputs = tensor(agent.obs_normaliser.snapshot()(obs))  # (T + 1, N, D)
-            # Only now: rollout and update must normalise alike, or the first ratio would not be 1.
+            # Only now: log_probs must be those of the policy that acted, which saw `inputs`.
             agent.obs_normaliser.update(obs[:-1][is_transition])
             taken, logit_masks = tensor(actions), tensor(masks[:-1])
             with torch.no_grad():

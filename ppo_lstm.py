@@ -66,7 +66,7 @@ class Args(EnvArgs):
     max_grad_norm: float = 0.5  # The gradient's global norm is clipped to this (detail 11).
     target_kl: float | None = None  # KL that ends an update. Penalty: KL to aim for, 0.01 if None.
     kl_coef: float = 1.0  # With penalty: the initial KL coefficient (beta).
-    hide: tuple[int, ...] = ()  # Indices of the observation to set to 0, hidden from the agent.
+    hide: tuple[int, ...] = ()  # Indices of the flattened observation that the agent sees as 0.
     norm_obs: bool = True  # Normalise observations by their running mean and std (details 28, 29).
     hidden_size: int = 64  # H: units of the LSTM and of the layer after it.
     activation: Literal["relu", "tanh"] = "relu"  # CleanRL and Baselines use tanh.
@@ -77,7 +77,7 @@ class Args(EnvArgs):
         """Raise `UserError`, which names the flag, for an invalid value."""
         super().check()
         if self.compile:
-            raise UserError("--compile: the sequences of an LSTM differ in length")
+            raise UserError("--compile does not work with an LSTM: its sequences differ in length")
         self.check_range("update_epochs num_minibatches hidden_size", 1)
         self.check_range("gamma gae_lambda", 0, 1)
         self.check_range("ent_coef vf_coef", 0)
@@ -90,7 +90,7 @@ class Args(EnvArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout, all columns (T, N, ...), or M of its environments without their reset rows."""
+    """A rollout, (T, N, ...) but for `state`; or M of its environments, for their `rows`."""
 
     obs: Tensor  # (T, M, D)
     begins: Tensor  # (T, M), bool, on the CPU: an episode begins in this row
@@ -107,7 +107,7 @@ class Batch(NamedTuple):
         """Return the minibatch of some environments (M,) of a rollout (detail 35)."""
         part = {name: x[:, envs.to(x.device)] for name, x in self._asdict().items()}
         rows = part["rows"].flatten().nonzero().squeeze(-1).to(self.obs.device)
-        flat = {name: x.flatten(0, 1)[rows] for name, x in list(part.items())[4:]}
+        flat = {name: x.flatten(0, 1)[rows] for name, x in list(part.items())[4:]}  # actions, ...
         return Batch(**{**part, **flat, "rows": rows})
 
 
@@ -139,12 +139,12 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Memory(nn.Module):
-    """Two LSTMs, one for the actor and one for the critic, as with their networks (detail 13)."""
+    """Two orthogonal LSTMs (detail 32), one for the actor and one for the critic (detail 13)."""
 
     def __init__(self, *sizes: int):
         super().__init__()
         self.actor, self.critic = nn.LSTM(*sizes), nn.LSTM(*sizes)
-        for name, parameter in self.named_parameters():  # detail 32
+        for name, parameter in (*self.actor.named_parameters(), *self.critic.named_parameters()):
             nn.init.orthogonal_(parameter) if "weight" in name else nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ class Agent(nn.Module):
         self.obs_shape = envs.single_observation_space.shape
         sizes = (args.hidden_size, args.hidden_size)
         self.memory = Memory(*self.obs_shape, args.hidden_size)
-        # A network of your own goes here, without dropout: rollout, update and evaluation use it.
+        # Heads of your own go here, without dropout, and an encoder goes into `Memory`.
         self.actor = mlp(
             *sizes, math.prod(self.choices.shape), activation=args.activation, head_gain=0.01
         )  # the small gain makes the first policy almost uniform
@@ -172,10 +172,10 @@ class Agent(nn.Module):
         self.obs_normaliser = Normaliser(self.obs_shape, clip=10.0, enabled=args.norm_obs)
 
     def remember(self, obs: Tensor, begins: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the LSTMs' outputs (T, N, H) for obs (T, N, D), from the state before them.
+        """Return both LSTMs' outputs, each (T, N, H), for obs (T, N, D) and the state before row 0.
 
         Each episode is a sequence of its own, which starts from 0 (detail 34) unless it began
-        before. Padded and batched, they take at most a quarter of the time of a loop over rows.
+        before row 0. Padded and batched, they take at most a quarter of the time of a loop.
         """
         row, starts = np.arange(len(begins))[:, None], begins.numpy().copy()
         starts[0] = True
@@ -190,7 +190,7 @@ class Agent(nn.Module):
         return output[place, number].chunk(2, -1)
 
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
-        """Return a snapshot of the policy, (obs (N, D), masks, begins (N,), rng) -> actions (N, P).
+        """Return the policy as it is now, (obs (N, D), masks, begins (N,), rng) -> actions (N, P).
 
         Each call advances `state` (4, N, H), at first 0 (detail 33), by one row, in place.
         argmax(logits + Gumbel noise) samples from softmax(logits); without `rng`, it is the mode.
@@ -204,7 +204,7 @@ class Agent(nn.Module):
             if state is None:
                 state = self.kl_coef.new_zeros(4, len(obs), self.memory.actor.hidden_size)
             state *= torch.as_tensor(~begins, device=state.device)[:, None]
-            row = torch.as_tensor(normalise_obs(obs), device=state.device)[None]
+            row = torch.as_tensor(normalise_obs(obs), dtype=state.dtype, device=state.device)[None]
             features, state[:] = self.memory(row, state)
             features = features[0].chunk(2, -1)[0].cpu().numpy()  # the actor's, (N, H)
             logits = forward(features).reshape(-1, *self.choices.shape) + masks
@@ -217,7 +217,7 @@ class Agent(nn.Module):
 
         `policy` remembers: make one for each episode, or say in info["begins"] where one begins.
         """
-        begins = np.zeros(len(obs), bool) | info.get("begins", False)
+        begins = np.broadcast_to(np.asarray(info.get("begins", False), bool), len(obs))
         return self.choices.to_env(policy(obs, self.choices.masks(info), begins, rng))
 
     def log_prob_and_entropy(
@@ -358,7 +358,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
 
             # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
             inputs = tensor(agent.obs_normaliser.snapshot()(obs))  # (T + 1, N, D)
-            # Only now: rollout and update must normalise alike, or the first ratio would not be 1.
+            # Only now: log_probs must be those of the policy that acted, which saw `inputs`.
             agent.obs_normaliser.update(obs[:-1][is_transition])
             taken, logit_masks = tensor(actions), tensor(masks[:-1])
             starts = torch.as_tensor(begins)

@@ -14,9 +14,9 @@ ppo_lstm.py uses its defaults, except for longer rollouts on LunarLander, which 
 RecurrentPPO uses the hyperparameters of rl-baselines3-zoo, which tuned them without velocities on
 CartPole and LunarLander, but not on Acrobot. All LSTMs have 64 units.
 
-Maze: neither script normalises advantages. Once every episode pays 1, normalising blows up what is
-left of them, and the policy forgets a solved maze again. Details: ppo_lstm.py in the maze, and two
-of them in CartPole, with one thing changed, by wrapping its functions.
+Maze: neither script normalises advantages, which are almost 0 once every episode pays 1. Details:
+ppo_lstm.py in the maze, and two of them in CartPole, with one thing changed, by wrapping its
+functions.
 
 Speed: the same environments, rollout, minibatches, epochs and network: an LSTM of 64 units each
 for policy and critic, then a layer of 64, ReLU. Every run is a separate process on one core, and

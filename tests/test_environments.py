@@ -472,3 +472,6 @@ def test_make_vec_with_a_wrapper_applies_it_to_vectorised_environments_too() -> 
     envs = experiment.make_vec(args, 2, wrap=wrap)
     assert envs.single_observation_space.shape == (5,)
     assert envs.reset(seed=0)[0].shape == (2, 5)
+    args.vectorization_mode = "vector_entry_point"
+    with pytest.raises(UserError, match="sync or async"):  # not a wrapper that is left out
+        experiment.make_vec(args, 2, wrap=wrap)

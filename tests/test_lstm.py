@@ -275,6 +275,8 @@ def test_act_forgets_where_the_info_says_and_a_new_policy_knows_nothing() -> Non
     resets = logits_after(obs, emptied)
     np.testing.assert_allclose(resets[29][0], fresh[9][0], atol=1e-6)
     np.testing.assert_allclose(resets[29][1:3], whole[29][1:3], atol=1e-6)
+    numbers = [{"begins": info["begins"].astype(int).tolist()} for info in emptied]
+    np.testing.assert_allclose(logits_after(obs.astype(np.float64), numbers), resets, atol=1e-5)
     assert np.abs(resets[20][0] - whole[20][0]).max() > 1e-3
     assert np.abs(resets[5][3] - whole[5][3]).max() > 1e-3
 
