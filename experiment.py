@@ -278,8 +278,8 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
         wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
-        if wrap and not wrappers:
-            raise UserError("the script wraps single environments: name sync or async as the mode")
+        if wrap and not wrappers and spec.entry_point:
+            raise UserError("the script wraps single ones: try --vectorization-mode sync")
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         if not is_fault_of_a_flag(error, inspect.getfile(type(args))):
@@ -293,13 +293,13 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
 
 
 def read_keyword(pair: str) -> tuple[str, Any]:
-    """Read name=value, where the value is true, false, none, a Python literal, or a string."""
-    name, _, text = pair.partition("=")
+    """Read name=value: true (also if it is missing), false, none, a Python literal, or a string."""
+    name, equals, text = pair.partition("=")
     words: Any = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
     words |= dict(none=None, null=None)
     with contextlib.suppress(ValueError, SyntaxError):
         return name, ast.literal_eval(text)
-    return name, words.get(text.lower(), text)
+    return name, words.get(text.lower(), text) if equals else True
 
 
 def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
@@ -1002,7 +1002,7 @@ def parse(cls: type) -> Any:
     _, saved = load_checkpoint(typed.resume or typed.evaluate, cls)
     saved.capture_video, saved.device = False, "auto" if typed.evaluate else saved.device
     if ":" in saved.subject and typed.subject != saved.subject:  # importing it would run its code
-        raise UserError(f"the run imports {saved.subject}: to allow it, type --env-id or --task")
+        raise UserError(f"the run imports {saved.subject}: to allow it, type --env-id (or --task)")
     return tyro.cli(cls, default=saved)
 
 

@@ -68,7 +68,7 @@ class Args(EnvArgs):
     hidden_size: int = 512  # F: units of the layer on top of the convolutions.
     eval_episodes: int = 10  # Episodes of each final evaluation, deterministic and stochastic.
 
-    fixed, wants_gpu = "env_id kl_coef hidden_size", True  # fixed by the trained network
+    fixed, wants_gpu = "env_id kl_coef hidden_size", True  # kept by --resume, --evaluate
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""
@@ -96,7 +96,7 @@ class Batch(NamedTuple):
 
 
 def prepare(env: Any) -> Any:
-    """Turn images into four grey frames, 84 x 84 (details 18, 20); leave stacks of frames alone."""
+    """Turn images (H, W[, 1 or 3]) into four grey frames, 84 x 84 (details 18, 20)."""
     shape = env.observation_space.shape
     if is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
@@ -108,7 +108,7 @@ def prepare(env: Any) -> Any:
 
 def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     """Make environments with images of bytes (N, C, H, W) and discrete actions."""
-    if args.env_id.startswith("ALE/") and args.vectorization_mode in (None, "vector_entry_point"):
+    if "ALE/" in args.env_id and args.vectorization_mode in (None, "vector_entry_point"):
         kwargs = {"reward_clipping": False, "wrap": None} | kwargs  # --sign-rewards clips instead
         kwargs.pop("render_mode", None)  # they cannot render: a video shows what the agent sees
     envs = experiment.make_vec(args, num_envs, **{"wrap": prepare, **kwargs})
@@ -156,7 +156,7 @@ class Agent(nn.Module):
         super().__init__()
         self.choices = Choices(envs.single_action_space)
         self.obs_shape = envs.single_observation_space.shape
-        # A network of your own goes here, without dropout: rollout, update and evaluation use it.
+        # A network of your own goes here, without dropout or batch norm: rollout and update use it.
         self.trunk = NatureCNN(self.obs_shape, args.hidden_size)
         num_logits = math.prod(self.choices.shape)
         # The small gain makes the first policy almost uniform.
@@ -315,7 +315,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             obs[0], masks[0], done[0] = obs[T], masks[T], done[T]  # where the last rollout ended
             policy = agent.policy()
             for t in range(T):
-                features[t] = agent.see(obs[t])  # kept: the critic needs them in [2]
+                features[t] = agent.see(obs[t])  # kept: both heads need them in [2]
                 actions[t] = policy(features[t], masks[t], run.sampling)
                 step = envs.step(choices.to_env(actions[t]))
                 images, rewards[t], terminated[t], truncated, info = step

@@ -70,18 +70,18 @@ class Args(EnvArgs):
     norm_obs: bool = True  # Normalise observations by their running mean and std (detail 28).
     clip_obs: float = 10.0  # Normalised observations are clipped to this (detail 29).
     norm_reward: bool = True  # Divide rewards by the std of the discounted return (details 30, 31).
-    # Log std of the first policy. By default -ln(max(A, 3)) / 2: noise of length 1 from A = 3 on.
+    # Log std of the first policy. By default -ln(max(A, 3)) / 2: noise of rms length 1 from A = 3.
     log_std_init: float | None = None
     # The log std falls linearly by this (PPO's table 4: 0.9). None lets the gradient choose it.
     log_std_fall: float | None = 1.5
-    scale_actions: bool = True  # Map the policy's [-1, 1] to the box: one std suits every box.
+    scale_actions: bool = True  # Map the policy's [-1, 1] to the box, if all its bounds exist.
     squash: bool = False  # Squash actions into their box by tanh instead of clipping them.
     hidden_size: int = 64  # Units in each of the two hidden layers.
     activation: Literal["relu", "tanh"] = "tanh"  # Nonlinearity of the hidden layers.
     eval_episodes: int = 20  # Episodes of each final evaluation, deterministic and stochastic.
 
     fixed = "env_id kl_coef norm_obs clip_obs norm_reward log_std_init log_std_fall"
-    fixed += " scale_actions squash hidden_size activation"  # by the trained network
+    fixed += " scale_actions squash hidden_size activation"  # kept by --resume, --evaluate
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""
@@ -117,7 +117,7 @@ def make_envs(args: Args, num_envs: int, **kwargs: Any) -> gym.vector.VectorEnv:
     space: Any = envs.single_action_space
     is_box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not is_box or not math.prod(space.shape):
-        experiment.refuse(args, envs, f"its actions are {space}: ppo_discrete.py may handle them")
+        experiment.refuse(args, envs, f"its actions are {space}: not floats, see ppo_discrete.py")
     if args.squash and not space.is_bounded():
         experiment.refuse(args, envs, f"--squash needs bounded actions, these are {space}")
     return experiment.flatten_observations(args, envs, for_images="docs/en/copying.md has a recipe")
@@ -162,7 +162,7 @@ class Agent(nn.Module):
     def policy(self) -> Callable[..., np.ndarray]:
         """Return the policy as it is now, a function (obs (N, D), rng) -> actions (N, A).
 
-        mean + std * standard normal noise is a sample; without `rng`, it is the mode.
+        mean + std * standard normal noise is a sample; without `rng`, it is the mean.
         """
         forward = experiment.numpy_forward(self.actor)
         normalise_obs = self.obs_normaliser.snapshot()
@@ -191,13 +191,13 @@ class Agent(nn.Module):
         Dimensions are independent: log-probabilities and entropies add (detail 25). With squash,
         log pi is that of tanh(actions), but the entropy stays the Gaussian's, which has a formula.
         """
-        z = (actions - self.actor(obs)) / self.log_std.exp()
+        z = (actions - self.actor(obs).reshape(actions.shape)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
-        if self.squash:  # subtract log(1 - tanh(x)^2), in a form that does not underflow
+        if self.squash:  # less log(1 - tanh(x)^2), without underflow; no ratio changes by it
             log_probs = log_probs - 2.0 * (
                 math.log(2.0) - actions - F.softplus(-2.0 * actions)
             ).sum(-1)
-        entropy = (self.log_std + 0.5 * LOG_2PI + 0.5).sum()
+        entropy = (self.log_std + 0.5 * LOG_2PI + 0.5).sum(-1)
         return log_probs, entropy.expand(log_probs.shape)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

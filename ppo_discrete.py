@@ -68,7 +68,7 @@ class Args(EnvArgs):
     hidden_size: int = 64  # Units in each of the two hidden layers.
     activation: Literal["relu", "tanh"] = "relu"  # CleanRL and Baselines use tanh.
 
-    fixed = "env_id kl_coef norm_obs hidden_size activation"  # by the trained network
+    fixed = "env_id kl_coef norm_obs hidden_size activation"  # kept by --resume, --evaluate
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""

@@ -10,7 +10,7 @@
 `train` runs three stages:
     sft                 the policy learns from demonstrations; a frozen copy is the reference
     train_reward_model  a copy with a scalar head learns from noisy preferences over SFT answers
-    ppo                 policy and value model learn to earn score - beta KL(policy, reference)
+    ppo                 the policy learns to earn score - beta KL, the value model to predict it
 Each iteration of `ppo` has five parts:
     [1] Rollout     the policy answers B prompts, token by token
     [2] Score       the reward function rates each answer; each token pays for its KL
@@ -65,10 +65,10 @@ class Args(RunArgs):
     micro_batch_size: int = 512  # Maximum answers per forward pass; gradients are accumulated.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
-    sft_accuracy: float = 0.46  # Accuracy that ends stage 1 if the reward is known.
+    sft_accuracy: float = 0.46  # Mean gold that ends stage 1 if there is no reward model.
     sft_batch_size: int = 64  # Demonstrations in an update of stage 1.
     sft_learning_rate: float = 3e-3  # Learning rate of stage 1, which falls linearly to 0.
-    rm_pairs: int = 2048  # Pairs of answers that the reward model learns from.
+    rm_pairs: int = 2048  # Maximum number of pairs that the reward model learns from.
     rm_epochs: int = 3  # Passes over the pairs.
     rm_batch_size: int = 32  # Pairs in an update of stage 2.
     rm_learning_rate: float = 2e-3  # Learning rate of stage 2, which falls linearly to 0.
@@ -76,7 +76,7 @@ class Args(RunArgs):
 
     learning_rate: float = 2e-3  # Adam's learning rate in PPO.
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (N details).
-    warmup_iterations: int = 10  # First iterations, in which the learning rate rises from 0.
+    warmup_iterations: int = 10  # First iterations, in which the learning rate rises linearly.
     num_iterations: int | None = None  # Iterations of PPO: 40 by default, 240 for arithmetic.
     batch_size: int | None = None  # B: answers in a rollout. 128 by default, 512 for arithmetic.
     update_epochs: int | None = None  # K: passes over the batch. 4 by default, 2 for arithmetic.
@@ -93,7 +93,7 @@ class Args(RunArgs):
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
-    gae_lambda: float = 0.95  # Lambda of GAE: 0 trusts the critic, 1 trusts the rewards.
+    gae_lambda: float = 0.95  # Lambda of GAE, for critic and token: 0 trusts the critic, 1 rewards.
     clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
     clip_coef_high: float | None = None  # Epsilon above 1, if it differs (clip-higher, DAPO).
     clip_vloss: bool = True  # Limit the change in the value to clip_coef as well (N details).
@@ -127,7 +127,7 @@ class Args(RunArgs):
 
 
 class Tokenizer:
-    """Turns texts into tokens and back."""
+    """Turns texts into tokens and back. Words differ; without a separator, they are characters."""
 
     pad, eos = 0, 1  # two tokens: if they were one, a mask of padding would hide EOS (N details)
 
@@ -155,8 +155,8 @@ class Task:
     """What is asked, and what an answer is worth. A task of your own has to define
 
     tokenizer, prompt_size            and whatever should differ from the defaults here
-    prompts(count, rng, held_out)     draw prompts, held-out ones for the evaluation
-    demonstration(prompt, rng)        write an answer for stage 1 to imitate
+    prompts(count, rng, held_out)     draw `count` prompts, held-out ones for the evaluation
+    demonstration(prompt, rng)        write an answer to imitate, below max_new_tokens long
     gold(prompt, response)            return the true worth of an answer, in [0, 1]
     """
 
@@ -166,7 +166,7 @@ class Task:
     batch_size, num_iterations, update_epochs, sft_steps = 128, 40, 4, 500  # defaults of the flags
 
     def network(self, args: Args, head_size: int) -> "Transformer":
-        """Return a network. Your own is a subclass of Transformer with a linear layer `head`."""
+        """Return a network. Yours is a Transformer with a linear `head`, with a bias if scalar."""
         return Transformer(args, self.tokenizer, head_size)
 
     def gold_scores(self, prompts: list[str], responses: list[str]) -> list[float]:
@@ -174,7 +174,7 @@ class Task:
 
 
 class Reviews(Task):
-    """Review each noun of "pool view :". Gold is the share of praise, or 0 if a noun is missing."""
+    """Review each noun of "pool view :". Gold is the share of praise, 0 if a noun is missing."""
 
     nouns = tuple("food service room staff music view bed coffee pool price garden bath".split())
     good = tuple("good great lovely superb fine perfect charming clean warm".split())
@@ -221,7 +221,7 @@ class Arithmetic(Task):
     batch_size, num_iterations, update_epochs, sft_steps = 512, 240, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
-        power = 1.0 if held_out else 1.5  # twice as many of one digit: PPO would see too few
+        power = 1.0 if held_out else 1.5  # one digit twice as often: PPO would see too few
         pairs = (100.0 * rng.random((10 * count + 100, 2)) ** power).astype(int).tolist()
         return [f"{a}+{b}=" for a, b in pairs if held_out == ((a + 3 * b) % 7 == 0)][:count]
 
@@ -302,7 +302,7 @@ class Transformer(nn.Module):
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, -S:]
         column = torch.arange(total, device=tokens.device)
         row = column[-S:, None]
-        # Padding sees only itself, because a softmax over nothing is NaN. No word sees it.
+        # Padding sees only itself: of nothing, some kernels give NaN. No word sees padding.
         visible = ((real[:, None] & (column < row)) | (column == row))[:, None]  # (B, 1, S, total)
         x = self.word(tokens) + self.position(positions)
         for block in self.blocks:
@@ -330,7 +330,7 @@ def make_model(args: Args, task: Task, scalar: bool, trunk: nn.Module | None = N
     """Return a network with a scalar head or one for words, new or with `trunk`'s weights."""
     model = task.network(args, 1 if scalar else len(task.tokenizer))
     if trunk is not None:
-        weights = {k: v for k, v in trunk.state_dict().items() if not k.startswith("head")}
+        weights = {k: v for k, v in trunk.state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(weights, strict=False)
     return model
 
@@ -470,9 +470,9 @@ def sft(args: Args, task: Task, run: Run) -> Transformer:
         if step % 25 == 24 and not task.learned:
             texts = task.prompts(512, rng)
             answers = answer(args, model, texts, generator).answers
-            accuracy = np.mean(task.gold_scores(texts, answers))
-            run.writer.add_scalars("sft/accuracy", {"stage_1": accuracy}, step + 1)
-            if accuracy > args.sft_accuracy:
+            gold = np.mean(task.gold_scores(texts, answers))
+            run.writer.add_scalars("sft/accuracy", {"stage_1": gold}, step + 1)
+            if gold > args.sft_accuracy:
                 break  # something is left for PPO to learn
     return model
 
@@ -499,8 +499,8 @@ def train_reward_model(args: Args, task: Task, run: Run, models: Models) -> Tran
     texts = task.prompts(2 * (args.rm_pairs + held_out), rng)  # more than needed: some will tie
     answers = answer(args, models.reference, texts * 2, generator).answers
     pairs = []  # (prompt, chosen, rejected), as a noisy judge decided; ties are skipped
-    for text, a, b in zip(texts, answers, answers[len(texts) :]):
-        margin = task.gold(text, a) - task.gold(text, b)
+    golds = np.reshape(task.gold_scores(texts * 2, answers), (2, -1))
+    for text, a, b, margin in zip(texts, answers, answers[len(texts) :], golds[0] - golds[1]):
         if margin != 0.0:
             prefers_a = rng.random() < 1.0 / (1.0 + np.exp(-10.0 * margin))
             pairs.append((text, a, b) if prefers_a else (text, b, a))
@@ -554,7 +554,7 @@ def score_answers(args: Args, reward_fn: Callable, rollout: Rollout) -> Tensor:
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Return an estimate of KL(policy, reference) in nats from each sampled token.
 
-    In the reward only k1 has its gradient; in the loss, k2 has it per token, k3 KL(ref, policy)'s.
+    In the reward only k1 gives its gradient; in the loss k2 does, per token, and k3 KL(ref, pi)'s.
     """
     log_ratio = log_probs - ref_log_probs
     if estimator == "k2":
@@ -638,7 +638,7 @@ def ppo_loss(models: Models, args: Args, batch: Batch) -> tuple[Tensor, dict[str
     at = tuple(to_device(x, log_probs.device) for x in batch.mask.nonzero(as_tuple=True))
     log_probs, entropies, values = log_probs[at], entropies[at], values[at]  # each (M,)
     log_ratio = log_probs - batch.log_probs[at]
-    ratio = log_ratio.exp()  # 1 everywhere in the first minibatch of an update
+    ratio = log_ratio.exp()  # 1, up to rounding, in the first minibatch of an update
     clip_low, clip_high = args.clip_coef, args.clip_coef_high or args.clip_coef
 
     surrogate = clipped_surrogate(ratio, batch.advantages[at], clip_low, clip_high)
@@ -680,7 +680,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
     group_size = args.group_size if args.baseline == "group" else 1
     for iteration in range(run.iteration, args.num_iterations):
         remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
-        # Adam's first steps are full-sized in every weight: without warm-up they ruin the policy.
+        # Adam's first steps are full-sized in every weight: without warm-up, gold falls at first.
         warmup = (iteration + 1) / args.warmup_iterations
         run.optimizer.param_groups[0]["lr"] = min(remaining, warmup) * args.learning_rate
 
@@ -697,7 +697,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         price = kl_penalty(log_probs, ref_log_probs, args.kl_estimator)
         price_coef = 0.0 if args.kl_in_loss else args.kl_coef
         rewards = token_rewards(scores, price, mask, price_coef)
-        episodic_return = rewards.sum(1).mean().item()  # score - beta KL
+        episodic_return = rewards.sum(1).mean().item()  # score less the KL's price
 
         # ---- [3] Advantages: GAE along the answers ----------------------------------------------
         gae_lambda = args.gae_lambda
@@ -723,7 +723,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         # ---- [4] Update: K epochs of shuffled minibatches ---------------------------------------
         stats = []  # of each minibatch
         for _ in range(args.update_epochs):
-            order = run.shuffling.permutation(args.batch_size)
+            order = run.shuffling.permutation(len(texts))
             shuffled = [x[to_device(order, x.device)] for x in batch]
             parts = [x.tensor_split(args.num_minibatches) for x in shuffled]
             for minibatch in map(Batch, *parts):  # the i-th part of every field
@@ -732,7 +732,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
         # ---- [5] Log: means over the iteration --------------------------------------------------
         run.global_step += args.batch_size
         losses = {f"losses/{name}": x for name, x in run.average(stats).items()}
-        first_ratios = (log_probs - rollout.log_probs)[mask].exp()  # before any step: all are 1
+        first_ratios = (log_probs - rollout.log_probs)[mask].exp()  # all 1, up to rounding
         unexplained = (returns - values)[mask].var() / returns[mask].var()
         kl = (log_probs - ref_log_probs).masked_fill(~mask, 0.0).sum(1).mean().item()
         metrics = {
@@ -754,7 +754,7 @@ def ppo(args: Args, task: Task, run: Run, models: Models, reward_fn: Callable) -
 def evaluate(
     args: Args, task: Task, run: Run, models: Models, policy: Transformer, score: Callable
 ) -> dict[str, float]:
-    """Let a model answer fresh prompts; print some answers, return means over all of them."""
+    """Let a model answer prompts; print some answers, return means over all of them."""
     rng, generator = streams(args, 4, run.device)
     prompts = task.prompts(args.eval_prompts, rng, held_out=True)
     rollout = answer(args, policy, prompts, generator)
@@ -777,7 +777,7 @@ def evaluate(
 def train(
     args: Args, reward_fn: Callable | None = None, on_iteration: Callable | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Run the stages, with your own `reward_fn` if given; return the policy and the results.
+    """Run the stages; `reward_fn(prompts, answers)` gives scores; return policy and results.
 
     `on_iteration(step, metrics)` is called after each iteration of PPO; True ends the training.
     """
@@ -830,12 +830,12 @@ def train(
         if stopped:
             experiment.say(f"stopped after {run.global_step} answers")
 
-        # ---- Evaluation: the reference and the policy on fresh prompts ---------------------------
+        # ---- Evaluation: the reference and the policy on the same prompts ------------------------
         experiment.say("SFT answers:")
         before = evaluate(args, task, run, models, models.reference, score)
         experiment.say("PPO answers:")
         after = evaluate(args, task, run, models, models.policy, score)
-        experiment.say(f"{args.eval_prompts} fresh prompts        SFT       PPO")
+        experiment.say(f"{args.eval_prompts} prompts              SFT       PPO")
         for name in after:
             experiment.say(f"    {name:16}{before[name]:10.3f}{after[name]:10.3f}")
         results: dict[str, Any] = {"run_dir": str(run.folder or args.evaluate), "stopped": stopped}

@@ -281,8 +281,10 @@ def test_train_with_a_game_of_atari_evaluates_and_films_it(run_dir) -> None:
 
 
 @needs_atari
-def test_make_envs_of_atari_gives_stacks_of_bytes_and_lives() -> None:
-    envs = make_envs(Args(env_id="ALE/Breakout-v5"), 2)
+@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "ale_py:ALE/Breakout-v5"])
+def test_make_envs_of_atari_gives_stacks_of_bytes_and_lives(env_id: str) -> None:
+    envs = make_envs(Args(env_id=env_id), 2)
+    assert type(envs.unwrapped).__name__ == "AtariVectorEnv"
     obs, info = envs.reset(seed=0)
     assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
     assert info["lives"].tolist() == [5, 5]

@@ -41,6 +41,13 @@ def test_log_prob_and_entropy_equal_those_of_a_gaussian() -> None:
     torch.testing.assert_close(entropy, oracle.entropy().sum(-1))
 
 
+def test_log_prob_of_an_actor_with_too_few_outputs_is_an_error() -> None:
+    agent, obs, actions = gaussian_agent(), torch.randn(5, 2), torch.randn(5, 2)
+    agent.actor = nn.Linear(2, 1)  # its one mean would serve both dimensions
+    with pytest.raises(RuntimeError, match="shape"):
+        agent.log_prob_and_entropy(obs, actions)
+
+
 def test_log_prob_with_squash_is_that_of_the_change_of_variables() -> None:
     agent, obs, actions = gaussian_agent(squash=True), torch.randn(50, 2), torch.randn(50, 2)
     log_probs, _ = agent.log_prob_and_entropy(obs, actions)

@@ -213,12 +213,12 @@ def test_env_kwargs_are_read_as_python_or_json_or_words(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(gym, "make_vec", lambda *_, **kwargs: calls.append(kwargs) or 1 / 0)
     texts = "a=.05 b=None c=true d=False e=(1,2) f=[3] g=8x8 h=1e-3 i=null j= k=FALSE l=no m=off"
-    texts += " n=True o=ON p=yes q=none r='x' s={'a':1} t=x=y u=-7 v=TRUE w=No"
+    texts += " n=True o=ON p=yes q=none r='x' s={'a':1} t=x=y u=-7 v=TRUE w=No x"
     with pytest.raises(ZeroDivisionError):
         make("CartPole-v1", env_kwargs=tuple(texts.split()))
     expected = dict(a=0.05, b=None, c=True, d=False, e=(1, 2), f=[3], g="8x8", h=1e-3, i=None, j="")
     expected |= dict(k=False, l=False, m=False, n=True, o=True, p=True, q=None, r="x", s={"a": 1})
-    expected |= dict(t="x=y", u=-7, v=True, w=False)
+    expected |= dict(t="x=y", u=-7, v=True, w=False, x=True)
     assert {k: calls[0][k] for k in expected} == expected
 
 
@@ -473,5 +473,5 @@ def test_make_vec_with_a_wrapper_applies_it_to_vectorised_environments_too() -> 
     assert envs.single_observation_space.shape == (5,)
     assert envs.reset(seed=0)[0].shape == (2, 5)
     args.vectorization_mode = "vector_entry_point"
-    with pytest.raises(UserError, match="sync or async"):  # not a wrapper that is left out
+    with pytest.raises(UserError, match="vectorization-mode sync"):  # not left out
         experiment.make_vec(args, 2, wrap=wrap)
