@@ -265,7 +265,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
     """Make the environments that the flags name; raise `UserError` if a flag is wrong.
 
     Environments that their author vectorised cannot be wrapped: with a `wrap` of yours, single ones
-    take their place. An error inside the environment propagates with the traceback.
+    take their place. An error inside the environment propagates with its traceback.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -279,7 +279,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
             mode = "sync"
         wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
         if wrap and not wrappers and spec.entry_point:
-            raise UserError("the script wraps single ones: try --vectorization-mode sync")
+            raise UserError("the script's wrapper needs --vectorization-mode sync or async")
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
         if not is_fault_of_a_flag(error, inspect.getfile(type(args))):

@@ -193,7 +193,7 @@ class Agent(nn.Module):
         """
         z = (actions - self.actor(obs).reshape(actions.shape)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
-        if self.squash:  # less log(1 - tanh(x)^2), without underflow; no ratio changes by it
+        if self.squash:  # minus log(1 - tanh(x)^2), without underflow; it cancels in the ratio
             log_probs = log_probs - 2.0 * (
                 math.log(2.0) - actions - F.softplus(-2.0 * actions)
             ).sum(-1)

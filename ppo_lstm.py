@@ -139,7 +139,7 @@ def mlp(*sizes: int, activation: str, head_gain: float) -> nn.Sequential:
 
 
 class Memory(nn.Module):
-    """Two orthogonal LSTMs (detail 32), one for the actor and one for the critic (detail 13)."""
+    """Two LSTMs for actor and critic (detail 13), weights orthogonal, biases 0 (detail 32)."""
 
     def __init__(self, *sizes: int):
         super().__init__()
@@ -190,9 +190,9 @@ class Agent(nn.Module):
         return output[place, number].chunk(2, -1)
 
     def policy(self, state: Tensor | None = None) -> Callable[..., np.ndarray]:
-        """Return the policy as it is now, (obs (N, D), masks, begins (N,), rng) -> actions (N, P).
+        """Return the policy, (obs (N, D), masks, begins (N,), rng) -> actions (N, P).
 
-        Each call advances `state` (4, N, H), at first 0 (detail 33), by one row, in place.
+        Make it anew after each update. A call moves `state` (4, N, H), at first 0 (detail 33), on.
         argmax(logits + Gumbel noise) samples from softmax(logits); without `rng`, it is the mode.
         """
         forward = experiment.numpy_forward(self.actor)

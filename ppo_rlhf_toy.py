@@ -554,7 +554,7 @@ def score_answers(args: Args, reward_fn: Callable, rollout: Rollout) -> Tensor:
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Return an estimate of KL(policy, reference) in nats from each sampled token.
 
-    In the reward only k1 gives its gradient; in the loss k2 does, per token, and k3 KL(ref, pi)'s.
+    In the reward only k1 gives the KL's gradient. In the loss, k2 does, k3 gives KL(ref, pi)'s.
     """
     log_ratio = log_probs - ref_log_probs
     if estimator == "k2":
