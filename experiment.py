@@ -26,11 +26,10 @@ import signal
 import sys
 import time
 import traceback
-import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -78,12 +77,9 @@ def say(text: str) -> None:
 class RunArgs:
     """How to run. A script's `Args` adds the hyperparameters of its algorithm."""
 
-    # Seed of the environments, the initial weights, the sampling and the shuffling.
-    seed: int = 1
-    # Folder of the run. By default runs/<environment>__<script>__<seed>__<time>.
-    run_dir: Path | None = None
-    # Device such as cpu, cuda:1 or mps. By default the GPU where it is faster.
-    device: str = "auto"
+    seed: int = 1  # Seed of the environments, initial weights, sampling and shuffling.
+    run_dir: Path | None = None  # Folder, by default runs/<environment>__<script>__<seed>__<time>.
+    device: str = "auto"  # Device such as cpu, cuda:1, mps. By default the GPU where it is faster.
     num_threads: int = 1  # Threads on the CPU. Only wide networks gain from more than one.
     checkpoint_every: int = 25  # Iterations between checkpoints. The last one is always saved.
     resume: Path | None = None  # Continue the run in this folder, with the flags it had.
@@ -114,8 +110,7 @@ class RunArgs:
 class EnvArgs(RunArgs):
     """How to run with environments of Gymnasium."""
 
-    # Keyword arguments of the environment, such as is_slippery=false map_name=8x8.
-    env_kwargs: tuple[str, ...] = ()
+    env_kwargs: tuple[str, ...] = ()  # Environment keyword arguments, such as is_slippery=false.
     # How environments run in parallel. By default, their author's vectorised version, else sync.
     # async gives each a process, which pays off for slow ones.
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None
@@ -125,18 +120,9 @@ class EnvArgs(RunArgs):
 
     fixed_to_resume = "seed num_envs num_steps"
     env_id, total_timesteps, num_envs, num_steps = "", 0, 0, 0  # see the scripts
-
-    @property
-    def subject(self) -> str:
-        return self.env_id
-
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+    subject = property(lambda self: self.env_id)  # for the log
+    batch_size = property(lambda self: self.num_envs * self.num_steps)
+    num_iterations = property(lambda self: self.total_timesteps // self.batch_size)
 
     def check(self) -> None:
         super().check()
@@ -343,25 +329,21 @@ class RecordedEnvs(gym.vector.VectorWrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         obs, info = self.env.reset(**kwargs)
-        self.done, self.any_done = np.zeros(self.num_envs, bool), False
+        self.done = np.zeros(self.num_envs, bool)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
-        self.masks_of_all = getattr(self.env.unwrapped, "action_masks", None)
         return self.complete(obs, info, begins=np.ones(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
         rewards, begins = rewards.astype(np.float32), self.done  # which were only reset
-        if self.any_done:
-            rewards[begins] = 0.0
+        rewards[begins] = 0.0
         self.returns += rewards
         self.lengths += 1
         self.done = terminated | truncated
-        self.any_done = bool(np.count_nonzero(self.done))
-        if self.any_done:
-            for i in self.done.nonzero()[0].tolist():
-                self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
-            self.returns[self.done], self.lengths[self.done] = 0.0, -1  # the reset is no step
+        for i in self.done.nonzero()[0].tolist():
+            self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i], self.lengths[i] = 0.0, -1  # the reset is no step
         obs, info = self.complete(obs, info, begins)
         return obs, rewards, terminated, truncated, info
 
@@ -370,9 +352,9 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         if obs.dtype != np.uint8 or obs.ndim != 4:
             obs = obs.astype(np.float32, copy=False)
         info = info | {"begins": begins}
-        if self.masks_of_all is not None:
-            info["action_mask"] = np.asarray(self.masks_of_all())
-        if self.any_done and "action_mask" in info:
+        if hasattr(self.env.unwrapped, "action_masks"):  # of all environments
+            info["action_mask"] = np.asarray(self.env.unwrapped.action_masks())
+        if "action_mask" in info:
             info["_action_mask"] = info.get("_action_mask", True) & ~self.done
         return obs, info
 
@@ -468,19 +450,17 @@ def numpy_forward(net: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     `Linear`, `ReLU` and `Tanh` runs in NumPy, on copies. Any other module runs as it is.
     """
 
-    def is_plain(module: nn.Module, *kinds: type) -> bool:
-        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
-        return type(module) in kinds and not hooks and getattr(module, "bias", 0) is not None
-
     def torch_forward(x: np.ndarray) -> np.ndarray:
         device = next((p.device for p in net.parameters()), None)
         with torch.no_grad():
             return net(torch.tensor(x, device=device)).cpu().numpy()  # a copy: it may be written to
 
-    layers: Any = net if is_plain(net, nn.Sequential) else [net]
-    plain = all(is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
+    layers: Any = net if type(net) is nn.Sequential else [net]
+    known = all(type(layer) in (nn.Linear, nn.ReLU, nn.Tanh) for layer in layers)
+    biased = all(layer.bias is not None for layer in layers if type(layer) is nn.Linear)
+    hooked = any(x._forward_hooks or x._forward_pre_hooks for x in net.modules())
     parameters = list(net.parameters())
-    if not plain or not parameters:
+    if not known or not biased or hooked or not parameters:
         return torch_forward
     on_cpu = nn.utils.parameters_to_vector(parameters).detach().cpu()  # at once: each fetch waits
     arrays = dict(zip(parameters, on_cpu.split([p.numel() for p in parameters])))
@@ -544,27 +524,26 @@ def compile_gradient(loss: Callable, agent: nn.Module, args: Any, parameters: Te
 # ---- A run and its folder ----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """Open a new file that replaces `path` at the end: a killed run leaves one or the other."""
+def write(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file and let it replace `path`: a killed run leaves one or the other."""
     new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    with open(new, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    with as_user_error(path.parent, OSError):
+        new.unlink(missing_ok=True)
+        with open(new, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(data, indent=2, default=str) + "\n").encode())
+    write(path, (json.dumps(data, indent=2, default=str) + "\n").encode())
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Return whether a value is of an annotated type, or one of the words of a `Literal`."""
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(fits(item, parts[0]) for item in value)
     if parts:
         return any(fits(value, part) for part in parts)
@@ -577,28 +556,26 @@ def load_checkpoint(folder: Path, args_class: type) -> tuple[dict, Any]:
         if zipfile.ZipFile(folder / "checkpoint.pt").testzip():  # torch.load does not check it
             raise ValueError("checkpoint.pt is damaged")
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        for name, kind in typing.get_type_hints(args_class).items():
+        for name, kind in get_type_hints(args_class).items():
             if not fits(saved["args"][name], kind):
                 raise ValueError(f"{name} is {saved['args'][name]!r}")
         return saved, args_class(**saved["args"])
 
 
-SPACES = dict(Box="low high", Discrete="n start", MultiDiscrete="nvec start", MultiBinary="n")
-
-
 def pack_space(space: Any) -> dict[str, Any]:
     """Return a space as what a checkpoint can hold."""
-    kind = type(space).__name__
-    numbers = {k: torch.as_tensor(getattr(space, k)) for k in SPACES.get(kind, "").split()}
-    return numbers | {"kind": kind, "dtype": str(space.dtype)}
+    names = [name for name in ("low", "high", "n", "nvec", "start") if hasattr(space, name)]
+    numbers = {name: torch.as_tensor(getattr(space, name)) for name in names}
+    return numbers | {"kind": type(space).__name__, "dtype": str(space.dtype)}
 
 
 def unpack_space(packed: dict[str, Any]) -> gym.Space:
     """Return the space that `pack_space` wrote down."""
-    numbers: Any = {k: packed[k].numpy()[()] for k in SPACES[packed["kind"]].split()}
+    kinds: Any = {kind.__name__: kind for kind in (Box, *Choices.SPACES)}
+    numbers: Any = {name: x.numpy()[()] for name, x in packed.items() if isinstance(x, Tensor)}
     if packed["kind"] in ("Box", "MultiDiscrete"):
         numbers["dtype"] = np.dtype(packed["dtype"]).type
-    return getattr(gym.spaces, packed["kind"])(**numbers)
+    return kinds[packed["kind"]](**numbers)
 
 
 class Run(contextlib.ExitStack):
@@ -663,14 +640,13 @@ class Run(contextlib.ExitStack):
 
     def close_envs(self, abandon: bool = False) -> None:
         """Close the environments, or abandon workers that would not answer a request to close."""
-        envs, self.envs = self.envs, None
-        if envs is None:
-            return
-        for worker in getattr(envs.unwrapped, "processes", []) if abandon else []:
-            worker.kill()
-            worker.join()
-            envs.unwrapped.closed = True
-        envs.close()
+        if self.envs is not None:
+            envs, self.envs = self.envs, None
+            for worker in getattr(envs.unwrapped, "processes", []) if abandon else []:
+                worker.kill()
+                worker.join()
+                envs.unwrapped.closed = True
+            envs.close()
 
     # Folder and checkpoints
 
@@ -712,8 +688,7 @@ class Run(contextlib.ExitStack):
         args, path = self.args, self.folder / "metrics.csv"
         if args.resume:
             lines = [x for x in path.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
-            with replacing(path) as file:
-                file.writelines(lines[: self.iteration + 1])
+            write(path, b"".join(lines[: self.iteration + 1]))
             (self.folder / "results.json").unlink(missing_ok=True)
         write_json(self.folder / "args.json", vars(args) | {"resume": None})
         self.metrics_file = self.enter_context(open(path, "a"))
@@ -731,25 +706,23 @@ class Run(contextlib.ExitStack):
             rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
             for rng in (self.sampling, self.shuffling)
         ]
-        rngs = gather(rngs)
-        if self.folder is None:
-            return
         counted = ("iteration", "global_step", "seconds", "recent_returns")
         checkpoint = {
             "args": {k: None if isinstance(v, Path) else v for k, v in vars(self.args).items()},
             "agent": self.agent.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "run": {name: getattr(self, name) for name in counted},
-            "rngs": rngs,
+            "rngs": gather(rngs),
         }
+        if self.folder is None:
+            return
         if self.envs is not None:
             checkpoint["obs_space"] = pack_space(self.envs.single_observation_space)
             checkpoint["action_space"] = pack_space(self.envs.single_action_space)
         os.fsync(self.metrics_file.fileno())  # after a power cut it has all rows of the checkpoint
         buffer = io.BytesIO()  # writing a file itself, torch.save would hide the disk's error
         torch.save(checkpoint, buffer)
-        with as_user_error(self.folder, OSError), replacing(self.folder / "checkpoint.pt") as file:
-            file.write(buffer.getbuffer())
+        write(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def restore(self, folder: Path) -> None:
         """Continue from a folder's checkpoint, or take only its agent to evaluate it."""
@@ -850,9 +823,8 @@ class Run(contextlib.ExitStack):
         print(self.global_step, *metrics.values(), sep=",", file=self.metrics_file, flush=True)
         episodes = self.recent_returns[-10:] or [metrics["charts/episodic_return"]]
         recent = f"return {np.mean(episodes):.1f}"
-        with contextlib.suppress(OSError):  # the terminal has gone
-            self.bar.set_postfix_str(recent, refresh=False)
-            self.bar.update(self.args.batch_size)
+        self.bar.set_postfix_str(recent, refresh=False)
+        self.bar.update(self.args.batch_size)
         if self.bar.disable and time.perf_counter() - self.print_time > 5:
             self.print_time = time.perf_counter()
             speed = f"{metrics['charts/SPS']:,} {self.args.unit}/s"
@@ -907,8 +879,7 @@ class Run(contextlib.ExitStack):
     def write_results(self, results: dict[str, Any]) -> None:
         if self.folder is not None:
             results["wall_seconds"] = round(time.perf_counter() - self.loop_time, 2)
-            with as_user_error(self.folder, OSError):
-                write_json(self.folder / "results.json", results)
+            write_json(self.folder / "results.json", results)
 
     def film(self, make_envs: Callable, agent: Any) -> None:
         """Save a video of one episode of the most likely actions; without an agent, only try it."""
@@ -916,9 +887,8 @@ class Run(contextlib.ExitStack):
         with contextlib.closing(envs):
             obs, info = envs.reset(seed=self.eval_seed)
             with as_user_error("--capture-video needs moviepy and a renderer", Exception):
-                from gymnasium.utils.save_video import save_video
-
                 frames = [picture(envs, obs)]
+                from gymnasium.utils.save_video import save_video
             if agent is None:
                 return
             policy = agent.policy()
@@ -964,10 +934,7 @@ def picture(envs: Any, obs: np.ndarray) -> np.ndarray:
 
 
 def load_agent(folder: Path | str, args_class: type, agent_class: type) -> Any:
-    """Return the agent of a folder's checkpoint, without its environment.
-
-    `agent.act(obs, info, rng)` gives actions for observations (N, D).
-    """
+    """Return the agent of a folder's checkpoint, which acts without its environment."""
     saved, args = load_checkpoint(Path(folder), args_class)
     with as_user_error(f"{folder} holds no such agent", Exception):
         envs = VectorEnv()

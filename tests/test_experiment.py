@@ -748,10 +748,9 @@ def test_files_that_cannot_grow_are_one_clear_line(run_dir) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, *flags_of(args)], capture_output=True, text=True, timeout=100
     )
-    # TensorBoard's thread has its own way to say it, at the same time or later.
+    # With a traceback of ours the status would be 1. TensorBoard's thread may print its own.
     assert done.returncode == 2 and done.stderr.count(f"-c: {run_dir}") == 1, done.stderr
     assert "File too large" in done.stderr
-    assert "experiment.py" not in done.stderr
     assert load(run_dir)["run"]["iteration"] == 2
 
 

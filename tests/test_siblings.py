@@ -14,7 +14,7 @@ SIBLINGS = ["ppo_discrete", "ppo_continuous", "ppo_atari", "ppo_lstm"]
 SCRIPTS = [*SIBLINGS, "ppo_rlhf_toy"]
 # experiment.py is to come down to 700 lines; until then it may not grow.
 LINES = {name: 400 for name in SIBLINGS} | dict(ppo_lstm=430)
-LINES |= dict(ppo_rlhf_toy=850, experiment=1020, gae=85)
+LINES |= dict(ppo_rlhf_toy=850, experiment=987, gae=85)
 
 
 def source(name: str) -> str:
@@ -101,13 +101,11 @@ def test_update_with_a_memory_differs_only_in_how_minibatches_are_cut() -> None:
 
 @pytest.mark.parametrize("name", SIBLINGS[1:])
 def test_flags_that_siblings_share_stand_in_one_order_with_one_type(name: str) -> None:
-    """Only defaults may differ."""
+    """Only defaults may differ; a default that depends on the environment is None."""
 
     def flags(script: str) -> dict[str, str]:
-        body = definition(script, "Args").body
-        return {
-            x.target.id: ast.unparse(x.annotation) for x in body if isinstance(x, ast.AnnAssign)
-        }
+        fields = [x for x in definition(script, "Args").body if isinstance(x, ast.AnnAssign)]
+        return {x.target.id: ast.unparse(x.annotation).removesuffix(" | None") for x in fields}
 
     discrete, other = flags("ppo_discrete"), flags(name)
     both = [flag for flag in other if flag in discrete]
