@@ -51,7 +51,8 @@ class Args(EnvArgs):
     total_timesteps: int = 1_000_000  # Total steps over all environments.
     num_envs: int = 1  # N: environments that run in parallel.
     num_steps: int = 2048  # T: steps per environment and rollout.
-    learning_rate: float = 3e-4  # Adam's initial learning rate.
+    # Adam's initial learning rate. By default 3e-4, or 3e-4 sqrt(17 / D) if D > 17: inputs add up.
+    learning_rate: float | None = None
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (detail 4).
     update_epochs: int = 10  # K: passes over the batch per update.
     num_minibatches: int = 32  # Minibatches per pass over the batch.
@@ -70,8 +71,7 @@ class Args(EnvArgs):
     norm_obs: bool = True  # Normalise observations by their running mean and std (detail 28).
     clip_obs: float = 10.0  # Normalised observations are clipped to this (detail 29).
     norm_reward: bool = True  # Divide rewards by the std of the discounted return (details 30, 31).
-    # Log std of the first policy. By default -ln(max(A, 3)) / 2: noise of rms length 1 from A = 3.
-    log_std_init: float | None = None
+    log_std_init: float | None = None  # Log std at first. By default -ln(max(A, 3)) / 2.
     # The log std falls linearly by this (PPO's table 4: 0.9). None lets the gradient choose it.
     log_std_fall: float | None = 1.5
     scale_actions: bool = True  # Map the policy's [-1, 1] to the box, if all its bounds exist.
@@ -292,7 +292,8 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint
         tensor = partial(experiment.to_device, device=run.device)
-        T, N = args.num_steps, envs.num_envs
+        T, N, D = args.num_steps, envs.num_envs, math.prod(agent.obs_shape)
+        learning_rate = args.learning_rate or 3e-4 * min(1.0, math.sqrt(17.0 / D))
         obs = np.zeros((T + 1, N, *agent.obs_shape), np.float32)
         discounted = np.zeros((T + 1, N))  # sum of past rewards, to scale rewards
         done = np.zeros((T + 1, N), bool)  # whether the previous step ended an episode
@@ -305,7 +306,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
 
         for iteration in range(run.iteration, args.num_iterations):
             remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+            optimizer.param_groups[0]["lr"] = remaining * learning_rate
             if args.log_std_fall is not None:
                 fallen = args.log_std_fall * iteration / args.num_iterations
                 agent.log_std.fill_(agent.log_std_init - fallen)

@@ -375,6 +375,15 @@ class Target(gym.Env):
         return self._observe(), reward, self.steps == 10, False, {}
 
 
+class WideTarget(Target):
+    """The same, repeated until the observation has 4 x 17 numbers."""
+
+    observation_space = Box(-1.0, 1.0, (68,), np.float32)
+
+    def _observe(self):
+        return np.tile(super()._observe(), 34)
+
+
 class UnboundedTarget(Target):
     """The same with actions that may be anything."""
 
@@ -399,7 +408,7 @@ class PoisonBox(Poison):
     single_action_space = Box(-1.0, 1.0, (1,), np.float32)
 
 
-for cls in (Target, UnboundedTarget, HalfBoundedTarget, WholeTarget):
+for cls in (Target, WideTarget, UnboundedTarget, HalfBoundedTarget, WholeTarget):
     gym.register(id=f"test/{cls.__name__}-v0", entry_point=cls)
 gym.register(id="test/PoisonBox-v0", vector_entry_point=PoisonBox)
 

@@ -90,6 +90,17 @@ def test_log_std_by_default_has_noise_of_length_one_over_three_actions_or_more(s
     assert agent.log_std.exp().square().sum().item() == pytest.approx(min(size / 3, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("env", "flag", "rate"),
+    [("Target", None, 3e-4), ("WideTarget", None, 1.5e-4), ("WideTarget", 1e-3, 1e-3)],
+)
+def test_learning_rate_by_default_is_smaller_for_more_than_17_inputs(
+    env: str, flag: float | None, rate: float, run_dir
+) -> None:
+    train(quick_args(ppo_continuous, run_dir, env_id=f"test/{env}-v0", learning_rate=flag))
+    assert read_metrics(run_dir)[0]["charts/learning_rate"] == pytest.approx(rate)
+
+
 def test_log_std_with_a_fall_follows_the_schedule(run_dir) -> None:
     args = quick_args(ppo_continuous, run_dir, log_std_init=-0.5, log_std_fall=1.0)
     agent, _ = train(args)
