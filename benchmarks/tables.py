@@ -325,7 +325,7 @@ def lstm_speed(rows: Rows) -> str:
 
 
 ORDERS = {  # of the lines
-    "ablation": [*ablation.LINES, *ablation.FORMER],
+    "ablation": list(ablation.LINES),
     "details": [change.name for change in details.CHANGES],
 }
 

@@ -171,7 +171,7 @@ def test_pages_say_the_measured_seconds_and_ratios() -> None:
         assert re.search(rf"{min(theirs):.1f} (?:to|到) {max(theirs):.1f} ", text)
 
 
-def test_the_default_matches_or_beats_the_published_figure_on_eight_of_ten() -> None:
+def test_the_default_matches_or_beats_the_published_figure_on_nine_of_ten_tasks() -> None:
     scores: dict[str, list[float]] = {}
     for row in read(COMMITTED / "continuous.csv"):
         if row["config"] == "default":
@@ -179,4 +179,4 @@ def test_the_default_matches_or_beats_the_published_figure_on_eight_of_ten() -> 
     published = {k: float(x.split()[0].replace(",", "")) for k, x in MUJOCO.items()}
     assert scores.keys() == published.keys() and len(scores) == 10
     lower = {env_id for env_id, x in scores.items() if np.mean(x) < published[env_id]}
-    assert lower == {"Ant-v5", "Humanoid-v5"}
+    assert lower == {"Ant-v5"}
