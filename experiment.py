@@ -232,18 +232,19 @@ class SingleEnv(gym.Wrapper):
         return self.call(self.env.step, action)
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call the environment and move its mask."""
+        """Call the environment. Of its info keep what a script reads: joining all takes long."""
         try:
             obs, *others, info = function(*args, **kwargs)
         except Exception:
             if self.in_worker:  # an error that cannot be pickled would hang Gymnasium for ever
                 raise RuntimeError(traceback.format_exc()) from None
             raise
+        info = {key: info[key] for key in ("action_mask", "lives") if key in info}
         if self.in_obs:
-            info = info | {"action_mask": obs["action_mask"]}
+            info["action_mask"] = obs["action_mask"]
             obs = {key: obs[key] for key in self.observation_space}
         elif self.has_masks:
-            info = info | {"action_mask": np.hstack(self.env.get_wrapper_attr("action_masks")())}
+            info["action_mask"] = np.hstack(self.env.get_wrapper_attr("action_masks")())
         return obs, *others, info
 
 
@@ -263,7 +264,7 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         spec = gym.spec(name)
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
-        wrappers = [SingleEnv, *filter(None, [wrap])] if mode in ("sync", "async") else []
+        wrappers = [*filter(None, [wrap]), SingleEnv] if mode in ("sync", "async") else []
         if wrap and not wrappers and spec.entry_point:
             raise UserError("the script's wrapper needs --vectorization-mode sync or async")
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
@@ -593,8 +594,7 @@ class Run(contextlib.ExitStack):
         self.weight = 1.0  # of this process's rows among all
         self.folder: Any = None  # a Path, of process 0 only, and not with --evaluate
         self.envs: RecordedEnvs | None = None
-        self.stopped, self.signal_time = "", 0.0
-        self.print_time = time.perf_counter()
+        self.stopped, self.signal_time, self.print_time = "", 0.0, time.perf_counter()
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self.on_signal))

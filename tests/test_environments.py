@@ -346,6 +346,22 @@ def test_a_mask_in_the_observation_is_not_observed() -> None:
     assert info["action_mask"].shape == (2, 5) and (info["action_mask"].sum(1) == 2).all()
 
 
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=forks)])
+def test_only_infos_that_a_script_reads_are_joined_but_a_wrapper_sees_all(mode: str) -> None:
+    class PaidByTheInfo(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            obs, _, terminated, truncated, info = self.env.step(action)
+            return obs, info["prob"] + 6.0, terminated, truncated, info
+
+    args = ppo_discrete.Args(env_id="Taxi-v4", vectorization_mode=mode)  # type: ignore[arg-type]
+    envs = experiment.make_vec(args, 2, wrap=PaidByTheInfo)
+    envs.reset(seed=0)
+    _, rewards, _, _, info = envs.step(np.zeros(2, int))
+    assert rewards.tolist() == [7.0, 7.0]
+    assert set(info) == {"action_mask", "_action_mask"}
+    envs.close()
+
+
 def test_a_vector_environment_with_a_mask_in_its_observation_is_refused(monkeypatch) -> None:
     from tests.envs import MaskedInObs, MaskedVector
 
