@@ -118,7 +118,7 @@ class EnvArgs(RunArgs):
     eval_episodes: int = 100  # Episodes of each final evaluation, deterministic and stochastic.
     capture_video: bool = False  # Film an episode of the final policy, 2,000 steps at most.
 
-    fixed_to_resume = "seed num_envs num_steps"
+    fixed_to_resume, infos = "seed num_envs num_steps", ""  # infos: to be read, besides masks
     env_id, total_timesteps, num_envs, num_steps = "", 0, 0, 0  # see the scripts
     subject = property(lambda self: self.env_id)  # for the log
     batch_size = property(lambda self: self.num_envs * self.num_steps)
@@ -210,11 +210,11 @@ def mean_and_variance(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class SingleEnv(gym.Wrapper):
-    """One environment. Its masks go to the info, from its observation or its `action_masks()`."""
+    """One environment. Its info has only masks, wherever they come from, and the `infos` named."""
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, infos: str):
         super().__init__(env)
-        space = env.observation_space
+        self.infos, space = ["action_mask", *infos.split()], env.observation_space
         self.in_obs = isinstance(space, Dict) and "action_mask" in space.spaces  # PettingZoo's way
         if self.in_obs:
             self.observation_space = Dict({k: x for k, x in space.items() if k != "action_mask"})
@@ -232,27 +232,26 @@ class SingleEnv(gym.Wrapper):
         return self.call(self.env.step, action)
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call the environment. Of its info keep what a script reads: joining all takes long."""
         try:
             obs, *others, info = function(*args, **kwargs)
+            info = {key: info[key] for key in self.infos if key in info}
+            if self.in_obs:
+                info["action_mask"] = obs["action_mask"]
+                obs = {key: obs[key] for key in self.observation_space}
+            elif self.has_masks:
+                info["action_mask"] = np.hstack(self.env.get_wrapper_attr("action_masks")())
+            return obs, *others, info
         except Exception:
             if self.in_worker:  # an error that cannot be pickled would hang Gymnasium for ever
                 raise RuntimeError(traceback.format_exc()) from None
             raise
-        info = {key: info[key] for key in ("action_mask", "lives") if key in info}
-        if self.in_obs:
-            info["action_mask"] = obs["action_mask"]
-            obs = {key: obs[key] for key in self.observation_space}
-        elif self.has_masks:
-            info["action_mask"] = np.hstack(self.env.get_wrapper_attr("action_masks")())
-        return obs, *others, info
 
 
 def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> VectorEnv:
     """Make the environments that the flags name; raise `UserError` if a flag is wrong.
 
     Environments that their author vectorised cannot be wrapped: with a `wrap` of yours, single ones
-    take their place. An error inside the environment propagates with its traceback.
+    take their place, if they exist. An error inside the environment keeps its traceback.
     """
     kwargs = {**dict(map(read_keyword, args.env_kwargs)), **kwargs}
     mode, (module, _, name) = args.vectorization_mode, args.env_id.rpartition(":")
@@ -264,12 +263,13 @@ def make_vec(args: EnvArgs, num_envs: int, wrap: Any = None, **kwargs: Any) -> V
         spec = gym.spec(name)
         if mode is None and (spec.vector_entry_point is None or (wrap and spec.entry_point)):
             mode = "sync"
-        wrappers = [*filter(None, [wrap]), SingleEnv] if mode in ("sync", "async") else []
+        wrappers = [lambda env: SingleEnv(env, args.infos), *filter(None, [wrap])]
+        wrappers = wrappers if mode in ("sync", "async") else []
         if wrap and not wrappers and spec.entry_point:
             raise UserError("the script's wrapper needs --vectorization-mode sync or async")
         envs = gym.make_vec(name, num_envs, mode, wrappers=wrappers, **kwargs)
     except Exception as error:
-        if not is_fault_of_a_flag(error, inspect.getfile(type(args))):
+        if not is_fault_of_a_flag(error):
             raise
         missing = module == "ale_py" and isinstance(error, ImportError)
         hint = ' (pip install "gymnasium[atari]")' if missing else ""
@@ -289,12 +289,12 @@ def read_keyword(pair: str) -> tuple[str, Any]:
     return name, words.get(text.lower(), text) if equals else True
 
 
-def is_fault_of_a_flag(error: BaseException, script: str) -> bool:
-    """Return whether no code but Gymnasium's and ours took part: then a flag is wrong."""
+def is_fault_of_a_flag(error: BaseException) -> bool:
+    """Return whether no code but Gymnasium's and this file's took part: then a flag is wrong."""
     while error.__context__ is not None:
         error = error.__context__
-    ours = (__file__, script, "<frozen importlib", importlib.__file__, *gym.__path__)
-    return all(x.filename.startswith(ours) for x in traceback.extract_tb(error.__traceback__))
+    known = (__file__, "<frozen importlib", importlib.__file__, *gym.__path__)
+    return all(x.filename.startswith(known) for x in traceback.extract_tb(error.__traceback__))
 
 
 def refuse(args: EnvArgs, envs: VectorEnv, text: str) -> NoReturn:
@@ -836,11 +836,11 @@ class Run(contextlib.ExitStack):
         """Evaluate the policy, write and return the results."""
         self.close_envs()
         self.bar.close()
-        args, results = self.args, {"env_id": self.args.env_id, "seed": self.args.seed}
+        args, returns = self.args, self.recent_returns
+        results: dict[str, Any] = {"env_id": args.env_id, "seed": args.seed}
         if self.stopped:
             say(f"stopped after {self.global_step} {args.unit}")
         if not args.evaluate:
-            returns = self.recent_returns
             results |= {
                 "run_dir": str(self.folder),
                 "global_step": self.global_step,

@@ -69,6 +69,7 @@ class Args(EnvArgs):
     eval_episodes: int = 10  # Episodes of each final evaluation, deterministic and stochastic.
 
     fixed, wants_gpu = "env_id kl_coef hidden_size", True  # kept by --resume, --evaluate
+    infos = "lives"  # parts of the info that are read, besides masks; to join all takes long
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""
@@ -97,8 +98,8 @@ class Batch(NamedTuple):
 
 def prepare(env: Any) -> Any:
     """Turn images (H, W[, 1 or 3]) into four grey frames, 84 x 84 (details 18, 20)."""
-    shape = env.observation_space.shape
-    if is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
+    space, shape = env.observation_space, env.observation_space.shape
+    if space.dtype == np.uint8 and is_image(shape) and (len(shape) == 2 or shape[2] in (1, 3)):
         env = gym.wrappers.GrayscaleObservation(env) if shape[2:] == (3,) else env
         env = gym.wrappers.ReshapeObservation(env, shape[:2])
         env = gym.wrappers.ResizeObservation(env, (84, 84))

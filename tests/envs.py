@@ -505,7 +505,7 @@ class Unpicklable(Exception):
 
 
 class RaisesUnpicklable(Identity):
-    """Raises `Unpicklable` in reset or step."""
+    """Raises `Unpicklable` in one of its methods."""
 
     def __init__(self, where: str):
         self.where = where
@@ -516,7 +516,14 @@ class RaisesUnpicklable(Identity):
         return super().reset(**kwargs)
 
     def step(self, action):
-        raise Unpicklable("of my", "own")
+        if self.where == "step":
+            raise Unpicklable("of my", "own")
+        return super().step(action)
+
+    def action_masks(self) -> list[bool]:
+        if self.where == "action_masks":
+            raise Unpicklable("of my", "own")
+        return [True] * self.action_space.n
 
 
 gym.register(id="test/RaisesUnpicklable-v0", entry_point=RaisesUnpicklable)

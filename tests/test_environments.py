@@ -133,7 +133,7 @@ def test_an_exception_inside_the_environment_keeps_its_traceback(
 
 
 @forks
-@pytest.mark.parametrize("where", ["reset", "step"])
+@pytest.mark.parametrize("where", ["reset", "step", "action_masks"])
 def test_an_exception_that_a_worker_cannot_pickle_arrives_as_its_traceback(
     run_dir, where: str
 ) -> None:
@@ -149,6 +149,14 @@ def test_an_exception_of_gymnasium_called_by_the_environment_keeps_its_traceback
     """The innermost line is Gymnasium's, but it is not the flags that are wrong."""
     with pytest.raises(gym.error.NameNotFound):
         make("test/Raises-v0", env_kwargs=("where=inner",))
+
+
+def test_a_slip_in_a_wrapper_beside_the_flags_keeps_its_traceback() -> None:
+    class Args(ppo_discrete.Args):
+        pass
+
+    with pytest.raises(AttributeError, match="observation_spase"):
+        experiment.make_vec(Args(), 2, wrap=lambda env: env.observation_spase)
 
 
 def test_an_exception_inside_the_environment_keeps_its_type_with_capture_video(run_dir) -> None:
@@ -347,18 +355,16 @@ def test_a_mask_in_the_observation_is_not_observed() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=forks)])
-def test_only_infos_that_a_script_reads_are_joined_but_a_wrapper_sees_all(mode: str) -> None:
-    class PaidByTheInfo(gym.Wrapper):
-        def step(self, action: Any) -> Any:
-            obs, _, terminated, truncated, info = self.env.step(action)
-            return obs, info["prob"] + 6.0, terminated, truncated, info
-
-    args = ppo_discrete.Args(env_id="Taxi-v4", vectorization_mode=mode)  # type: ignore[arg-type]
-    envs = experiment.make_vec(args, 2, wrap=PaidByTheInfo)
-    envs.reset(seed=0)
-    _, rewards, _, _, info = envs.step(np.zeros(2, int))
-    assert rewards.tolist() == [7.0, 7.0]
-    assert set(info) == {"action_mask", "_action_mask"}
+@pytest.mark.parametrize("infos", ["", "prob"])
+def test_only_masks_and_the_infos_named_are_joined(mode: Any, infos: str, monkeypatch) -> None:
+    monkeypatch.setattr(ppo_discrete.Args, "infos", infos)
+    envs = make("Taxi-v4", vectorization_mode=mode)
+    expected = {
+        "begins",
+        *(f"{mark}{name}" for name in ["action_mask", *infos.split()] for mark in ["", "_"]),
+    }
+    for info in (envs.reset(seed=0)[1], envs.step(np.zeros(2, int))[-1]):
+        assert set(info) == expected
     envs.close()
 
 
