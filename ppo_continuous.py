@@ -51,7 +51,7 @@ class Args(EnvArgs):
     total_timesteps: int = 1_000_000  # Total steps over all environments.
     num_envs: int = 1  # N: environments that run in parallel.
     num_steps: int = 2048  # T: steps per environment and rollout.
-    # Adam's initial learning rate. By default 3e-4, or 3e-4 sqrt(17 / D) if D > 17: inputs add up.
+    # Adam's initial learning rate. By default 3e-4, or 3e-4 sqrt(17 / D) for D > 17 inputs.
     learning_rate: float | None = None
     anneal_lr: bool = True  # Lower the learning rate linearly to 0 (detail 4).
     update_epochs: int = 10  # K: passes over the batch per update.
@@ -72,7 +72,7 @@ class Args(EnvArgs):
     clip_obs: float = 10.0  # Normalised observations are clipped to this (detail 29).
     norm_reward: bool = True  # Divide rewards by the std of the discounted return (details 30, 31).
     log_std_init: float | None = None  # Log std at first. By default -ln(max(A, 3)) / 2.
-    # The log std falls linearly by this (PPO's table 4: 0.9). None lets the gradient choose it.
+    # The log std falls linearly by this (PPO's table 4: 0.9). None: the log std is learned.
     log_std_fall: float | None = 1.5
     scale_actions: bool = True  # Map the policy's [-1, 1] to the box, if all its bounds exist.
     squash: bool = False  # Squash actions into their box by tanh instead of clipping them.
