@@ -289,11 +289,11 @@ def read_keyword(pair: str) -> tuple[str, Any]:
     return name, words.get(text.lower(), text) if equals else True
 
 
-def is_fault_of_a_flag(error: BaseException) -> bool:
-    """Return whether no code but Gymnasium's and this file's took part: then a flag is wrong."""
+def is_fault_of_a_flag(error: BaseException, *scripts: str) -> bool:
+    """Return whether only Gymnasium's code, these scripts' and ours took part: a flag is wrong."""
     while error.__context__ is not None:
         error = error.__context__
-    known = (__file__, "<frozen importlib", importlib.__file__, *gym.__path__)
+    known = (__file__, *scripts, "<frozen importlib", importlib.__file__, *gym.__path__)
     return all(x.filename.startswith(known) for x in traceback.extract_tb(error.__traceback__))
 
 
