@@ -118,7 +118,7 @@ class EnvArgs(RunArgs):
     eval_episodes: int = 100  # Episodes of each final evaluation, deterministic and stochastic.
     capture_video: bool = False  # Film an episode of the final policy, 2,000 steps at most.
 
-    fixed_to_resume, infos = "seed num_envs num_steps", ""  # infos: to be read, besides masks
+    fixed_to_resume, infos = "seed num_envs num_steps", ""  # infos: to keep, besides masks
     env_id, total_timesteps, num_envs, num_steps = "", 0, 0, 0  # see the scripts
     subject = property(lambda self: self.env_id)  # for the log
     batch_size = property(lambda self: self.num_envs * self.num_steps)

@@ -69,7 +69,7 @@ class Args(EnvArgs):
     eval_episodes: int = 10  # Episodes of each final evaluation, deterministic and stochastic.
 
     fixed, wants_gpu = "env_id kl_coef hidden_size", True  # kept by --resume, --evaluate
-    infos = "lives"  # parts of the info that are read, besides masks; to join all takes long
+    infos = "lives"  # parts of the info to keep, besides masks; joining all of it is slow
 
     def check(self) -> None:
         """Raise `UserError`, which names the flag, for an invalid value."""

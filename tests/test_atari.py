@@ -292,6 +292,13 @@ def test_make_envs_of_atari_gives_stacks_of_bytes_and_lives(env_id: str) -> None
 
 
 @needs_atari
+def test_lives_of_separate_games_reach_the_script() -> None:
+    envs = make_envs(Args(env_id="ALE/Breakout-v5", vectorization_mode="sync"), 2)
+    assert envs.reset(seed=0)[1]["lives"].tolist() == [5, 5]
+    envs.close()
+
+
+@needs_atari
 @pytest.mark.parametrize("mode", [None, "sync"])
 def test_rewards_of_atari_are_true_scores(mode: str | None) -> None:
     """A dot of Pac-Man's is worth 10, which ale-py alone would make 1."""
