@@ -182,10 +182,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """Make `x` the sum of the `x` of all processes, and return it."""
+def all_sum(x: Any, weight: float = 1) -> Tensor:
+    """Make `x` the sum of `weight * x` over all processes, and return it; a single one keeps it."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x.mul_(weight))
     return x
 
 
@@ -329,22 +329,22 @@ class RecordedEnvs(gym.vector.VectorWrapper):
     """Environments that record their episodes. A reset row has a reward of 0 and no action mask."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        obs, info = self.env.reset(**kwargs)
-        self.done = np.zeros(self.num_envs, bool)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.action_masks = getattr(self.env.unwrapped, "action_masks", None)  # of all environments
+        self.done, self.returns = np.zeros(self.num_envs, bool), np.zeros(self.num_envs)
+        self.steps, self.starts = 0, np.zeros(self.num_envs, int)  # the start of each episode
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
-        return self.complete(obs, info, begins=np.ones(self.num_envs, bool))
+        return self.complete(*self.env.reset(**kwargs), begins=np.ones(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
-        rewards, begins = rewards.astype(np.float32), self.done  # which were only reset
+        rewards, begins = rewards.astype(np.float64), self.done  # which were only reset
         rewards[begins] = 0.0
         self.returns += rewards
-        self.lengths += 1
+        self.steps += 1
         self.done = terminated | truncated
         for i in self.done.nonzero()[0].tolist():
-            self.finished.append((i, float(self.returns[i]), int(self.lengths[i])))
-            self.returns[i], self.lengths[i] = 0.0, -1  # the reset is no step
+            self.finished.append((i, float(self.returns[i]), self.steps - int(self.starts[i])))
+            self.returns[i], self.starts[i] = 0.0, self.steps + 1  # the reset is no step
         obs, info = self.complete(obs, info, begins)
         return obs, rewards, terminated, truncated, info
 
@@ -353,8 +353,8 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         if obs.dtype != np.uint8 or obs.ndim != 4:
             obs = obs.astype(np.float32, copy=False)
         info = info | {"begins": begins}
-        if hasattr(self.env.unwrapped, "action_masks"):  # of all environments
-            info["action_mask"] = np.asarray(self.env.unwrapped.action_masks())
+        if self.action_masks is not None:
+            info["action_mask"] = np.asarray(self.action_masks())
         if "action_mask" in info:
             info["_action_mask"] = info.get("_action_mask", True) & ~self.done
         return obs, info
@@ -780,7 +780,7 @@ class Run(contextlib.ExitStack):
     def average(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
         """Return the means of the minibatches' statistics, over all processes."""
         numbers = torch.stack([x for row in stats for x in row.values()]).view(len(stats), -1)
-        means = dict(zip(stats[0], all_sum(self.weight * numbers.mean(0)).tolist()))
+        means = dict(zip(stats[0], all_sum(numbers.mean(0), self.weight).tolist()))
         wrong = [name for name, x in means.items() if not math.isfinite(x)]
         if wrong:
             what = f"{wrong[0]} is not finite after step {self.global_step}"
@@ -918,7 +918,7 @@ def evaluate(
     seed_global_generators(seed)
     obs, info = envs.reset(seed=seed)
     policy = agent.policy()
-    while quotas.any() and envs.lengths[quotas > 0].max() < 30_000 and not stop():
+    while quotas.any() and envs.steps - envs.starts[quotas > 0].min() < 30_000 and not stop():
         obs, _, _, _, info = envs.step(agent.act(obs, info, rng, policy))
         for i, score, _ in envs.finished:
             if quotas[i] > 0:

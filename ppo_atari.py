@@ -373,7 +373,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                         parameters.grad.zero_()
                         loss, stats = ppo_loss(agent, args, minibatch)
                         loss.backward()
-                    experiment.all_sum(parameters.grad.mul_(run.weight))  # mean over processes
+                    experiment.all_sum(parameters.grad, run.weight)  # mean over processes
                     grad_norm = parameters.grad.norm()  # clipped as by nn.utils.clip_grad_norm_
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()

@@ -171,7 +171,7 @@ class Agent(nn.Module):
         def choose(obs: np.ndarray, rng: Any) -> np.ndarray:
             mean = forward(normalise_obs(obs))
             noise = 0.0 if rng is None else rng.standard_normal(mean.shape, np.float32)
-            return mean + std * noise
+            return np.add(mean, std * noise, out=mean)  # refuses an actor with too few outputs
 
         return choose
 
@@ -191,7 +191,7 @@ class Agent(nn.Module):
         Dimensions are independent: log-probabilities and entropies add (detail 25). With squash,
         log pi is that of tanh(actions), but the entropy stays the Gaussian's, which has a formula.
         """
-        z = (actions - self.actor(obs).reshape(actions.shape)) / self.log_std.exp()
+        z = (actions - self.actor(obs)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
         if self.squash:  # minus log(1 - tanh(x)^2), without underflow; it cancels in the ratio
             log_probs = log_probs - 2.0 * (
@@ -312,17 +312,17 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 agent.log_std.fill_(agent.log_std_init - fallen)
 
             # ---- [1] Rollout: T steps in N environments; only the policy runs ------------------
-            obs[0], done[0] = obs[T], done[T]  # where the last rollout ended
-            discounted[0] = discounted[T]
+            obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]  # where the last ended
             policy = agent.policy()
             for t in range(T):
                 actions[t] = policy(obs[t], run.sampling)
                 step = envs.step(agent.to_env(actions[t]))
                 obs[t + 1], rewards[t], terminated[t], truncated, _ = step
                 done[t + 1] = terminated[t] | truncated
-                discounted[t + 1] = rewards[t] + args.gamma * discounted[t] * ~done[t]
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
             run.count_steps(is_transition, obs, rewards)  # refuses NaN and infinity
+            for t, decay in enumerate(args.gamma * is_transition):  # 0 after an episode
+                discounted[t + 1] = rewards[t] + decay * discounted[t]
             agent.reward_scaler.update(discounted[1:][is_transition])
 
             # ---- [2] Advantages: one pass over all rows, with the rollout's parameters ---------
@@ -369,7 +369,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                         parameters.grad.zero_()
                         loss, stats = ppo_loss(agent, args, minibatch)
                         loss.backward()
-                    experiment.all_sum(parameters.grad.mul_(run.weight))  # mean over processes
+                    experiment.all_sum(parameters.grad, run.weight)  # mean over processes
                     grad_norm = parameters.grad.norm()  # clipped as by nn.utils.clip_grad_norm_
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                     optimizer.step()

@@ -1,6 +1,7 @@
 """`ppo_continuous.py`: the Gaussian, the box of actions and the normalisers."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,12 @@ def test_log_prob_and_entropy_equal_those_of_a_gaussian() -> None:
     torch.testing.assert_close(entropy, oracle.entropy().sum(-1))
 
 
-def test_log_prob_of_an_actor_with_too_few_outputs_is_an_error() -> None:
-    agent, obs, actions = gaussian_agent(), torch.randn(5, 2), torch.randn(5, 2)
+@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)])
+def test_policy_of_an_actor_with_too_few_outputs_is_an_error(rng: Any) -> None:
+    agent = gaussian_agent()
     agent.actor = nn.Linear(2, 1)  # its one mean would serve both dimensions
-    with pytest.raises(RuntimeError, match="shape"):
-        agent.log_prob_and_entropy(obs, actions)
+    with pytest.raises(ValueError, match="shape"):
+        agent.policy()(np.zeros((5, 2), np.float32), rng)
 
 
 def test_log_prob_with_squash_is_that_of_the_change_of_variables() -> None:
