@@ -220,14 +220,14 @@ def ppo_loss(agent: Agent, args: Args, batch: Batch) -> tuple[Tensor, dict[str, 
     entropy = entropies.mean()
     loss = -surrogate + args.vf_coef * v_loss - args.ent_coef * entropy
     with torch.no_grad():
-        stats = {
+        change = ratio - 1.0
+        return loss, {
             "policy_loss": -surrogate,
             "value_loss": v_loss.detach(),
             "entropy": entropy.detach(),
-            "approx_kl": (ratio - 1.0 - log_ratio).mean(),  # KL(old, new) in nats
-            "clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+            "approx_kl": (change - log_ratio).mean(),  # KL(old, new) in nats
+            "clipfrac": (change.abs() > args.clip_coef).float().mean(),
         }
-    return loss, stats
 
 
 def normalise(advantages: Tensor) -> Tensor:
