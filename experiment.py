@@ -183,7 +183,7 @@ def rank() -> int:
 
 
 def all_sum(x: Any, weight: float = 1) -> Tensor:
-    """Make `x` the sum of `weight * x` over all processes, and return it; a single one keeps it."""
+    """Make `x` the sum of `weight * x` over all processes, and return it. One leaves it alone."""
     if world_size() > 1:
         dist.all_reduce(x.mul_(weight))
     return x
@@ -329,11 +329,11 @@ class RecordedEnvs(gym.vector.VectorWrapper):
     """Environments that record their episodes. A reset row has a reward of 0 and no action mask."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.action_masks = getattr(self.env.unwrapped, "action_masks", None)  # of all environments
         self.done, self.returns = np.zeros(self.num_envs, bool), np.zeros(self.num_envs)
-        self.steps, self.starts = 0, np.zeros(self.num_envs, int)  # the start of each episode
+        self.steps, self.starts = 0, np.zeros(self.num_envs, int)  # at the start of each episode
         self.finished: list[tuple[int, float, int]] = []  # environment, return, length
-        return self.complete(*self.env.reset(**kwargs), begins=np.ones(self.num_envs, bool))
+        obs, info = self.env.reset(**kwargs)
+        return self.complete(obs, info, begins=np.ones(self.num_envs, bool))
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
@@ -353,8 +353,8 @@ class RecordedEnvs(gym.vector.VectorWrapper):
         if obs.dtype != np.uint8 or obs.ndim != 4:
             obs = obs.astype(np.float32, copy=False)
         info = info | {"begins": begins}
-        if self.action_masks is not None:
-            info["action_mask"] = np.asarray(self.action_masks())
+        if hasattr(self.env.unwrapped, "action_masks"):  # of all environments
+            info["action_mask"] = np.asarray(self.env.unwrapped.action_masks())
         if "action_mask" in info:
             info["_action_mask"] = info.get("_action_mask", True) & ~self.done
         return obs, info

@@ -171,7 +171,7 @@ class Agent(nn.Module):
         def choose(obs: np.ndarray, rng: Any) -> np.ndarray:
             mean = forward(normalise_obs(obs))
             noise = 0.0 if rng is None else rng.standard_normal(mean.shape, np.float32)
-            return np.add(mean, std * noise, out=mean)  # refuses an actor with too few outputs
+            return mean + std * noise
 
         return choose
 
@@ -191,7 +191,7 @@ class Agent(nn.Module):
         Dimensions are independent: log-probabilities and entropies add (detail 25). With squash,
         log pi is that of tanh(actions), but the entropy stays the Gaussian's, which has a formula.
         """
-        z = (actions - self.actor(obs)) / self.log_std.exp()
+        z = (actions - self.actor(obs).reshape(actions.shape)) / self.log_std.exp()
         log_probs = -(0.5 * z.square() + self.log_std + 0.5 * LOG_2PI).sum(-1)
         if self.squash:  # minus log(1 - tanh(x)^2), without underflow; it cancels in the ratio
             log_probs = log_probs - 2.0 * (
@@ -312,7 +312,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 agent.log_std.fill_(agent.log_std_init - fallen)
 
             # ---- [1] Rollout: T steps in N environments; only the policy runs ------------------
-            obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]  # where the last ended
+            obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]  # the last rollout's
             policy = agent.policy()
             for t in range(T):
                 actions[t] = policy(obs[t], run.sampling)
@@ -321,7 +321,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 done[t + 1] = terminated[t] | truncated
             is_transition = ~done[:-1]  # (T, N): False where the environment was only reset
             run.count_steps(is_transition, obs, rewards)  # refuses NaN and infinity
-            for t, decay in enumerate(args.gamma * is_transition):  # 0 after an episode
+            for t, decay in enumerate(args.gamma * is_transition):  # 0 in a reset row
                 discounted[t + 1] = rewards[t] + decay * discounted[t]
             agent.reward_scaler.update(discounted[1:][is_transition])
 

@@ -1,7 +1,6 @@
 """`ppo_continuous.py`: the Gaussian, the box of actions and the normalisers."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,12 +41,20 @@ def test_log_prob_and_entropy_equal_those_of_a_gaussian() -> None:
     torch.testing.assert_close(entropy, oracle.entropy().sum(-1))
 
 
-@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)])
-def test_policy_of_an_actor_with_too_few_outputs_is_an_error(rng: Any) -> None:
-    agent = gaussian_agent()
+def test_log_prob_of_an_actor_with_too_few_outputs_is_an_error() -> None:
+    agent, obs, actions = gaussian_agent(), torch.randn(5, 2), torch.randn(5, 2)
     agent.actor = nn.Linear(2, 1)  # its one mean would serve both dimensions
-    with pytest.raises(ValueError, match="shape"):
-        agent.policy()(np.zeros((5, 2), np.float32), rng)
+    with pytest.raises(RuntimeError, match="shape"):
+        agent.log_prob_and_entropy(obs, actions)
+
+
+def test_log_prob_of_an_actor_without_an_axis_for_its_one_output_is_that_of_one_with_it() -> None:
+    box = Box(-1.0, 1.0, (1,), np.float32)
+    agent, obs, actions = agent_of(box), torch.randn(5, 4), torch.randn(5, 1)
+    expected, _ = agent.log_prob_and_entropy(obs, actions)
+    agent.actor = nn.Sequential(agent.actor, nn.Flatten(0))  # (5,): minus (5, 1) it is (5, 5)
+    log_probs, _ = agent.log_prob_and_entropy(obs, actions)
+    torch.testing.assert_close(log_probs, expected)
 
 
 def test_log_prob_with_squash_is_that_of_the_change_of_variables() -> None:
