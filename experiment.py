@@ -183,7 +183,7 @@ def rank() -> int:
 
 
 def all_sum(x: Any, weight: float = 1) -> Tensor:
-    """Make `x` the sum of `weight * x` over all processes, and return it. One leaves it alone."""
+    """Make `x` the sum of `weight * x` over all processes; leave it, if there is one. Return it."""
     if world_size() > 1:
         dist.all_reduce(x.mul_(weight))
     return x

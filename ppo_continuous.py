@@ -312,7 +312,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
                 agent.log_std.fill_(agent.log_std_init - fallen)
 
             # ---- [1] Rollout: T steps in N environments; only the policy runs ------------------
-            obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]  # the last rollout's
+            obs[0], done[0], discounted[0] = obs[T], done[T], discounted[T]  # where we left off
             policy = agent.policy()
             for t in range(T):
                 actions[t] = policy(obs[t], run.sampling)

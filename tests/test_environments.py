@@ -408,6 +408,7 @@ def test_recorded_envs_note_returns_and_lengths_and_pay_nothing_for_a_reset() ->
     envs = make("test/Poison-v0", 3)  # episodes of 3 steps, of which 0, 1, 2 have been made
     envs.reset(seed=0)
     paid = np.stack([envs.step(np.zeros(3, int))[1] for _ in range(7)])
+    assert paid.dtype == np.float64  # float32 would round the sums
     # rewards of environment 2: its last step, the reset, three steps, the reset, one step
     assert paid.T.tolist() == [[1, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 0, 1]]
     expected = [(2, 1.0, 1), (1, 2.0, 2), (0, 3.0, 3), (2, 3.0, 3), (1, 3.0, 3), (0, 3.0, 3)]
