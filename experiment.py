@@ -495,6 +495,15 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
     return flat
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's Adam without the wrappers around its methods, whose imports take a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+
+
 def compile_gradient(loss: Callable, agent: nn.Module, args: Any, parameters: Tensor) -> Callable:
     """Return a function of a batch that fills `parameters.grad` and returns the loss's figures.
 

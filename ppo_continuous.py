@@ -287,7 +287,7 @@ def train(args: Args, agent: Agent | None = None, on_iteration: Any = None) -> t
         envs = run.make_envs(make_envs)
         agent = (agent or Agent(args, envs)).to(run.device)
         parameters = experiment.flatten_parameters(agent)  # one vector, and one of gradients
-        optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)  # detail 3
+        optimizer = experiment.Adam([parameters], eps=1e-5, fused=True)  # detail 3
         if args.compile:
             compiled = experiment.compile_gradient(ppo_loss, agent, args, parameters)
         run.start(agent, optimizer)  # opens the folder, or loads its checkpoint

@@ -40,11 +40,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import experiment
-from experiment import Run, RunArgs, UserError, to_device
+from experiment import Adam, Run, RunArgs, UserError, to_device
 from gae import gae
 
 

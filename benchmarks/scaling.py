@@ -62,7 +62,7 @@ MARKS = {
     "gae": ("", "advantages"),
     "ppo_loss": ("minibatches", "forward"),  # the batch put together, shuffled and cut
     "torch.Tensor.backward": ("", "backward"),
-    "torch.optim.Adam.step": ("", "optimiser"),
+    "experiment.Adam.step": ("", "optimiser"),
     "experiment.Run.average": ("", "diagnostics"),
     "experiment.Run.end_iteration": ("diagnostics", "logging"),
 }

@@ -1,6 +1,8 @@
 """One iteration of `train`: what enters the update, and what the update does with it."""
 
 import copy
+import subprocess
+import sys
 from types import ModuleType
 
 import gymnasium as gym
@@ -16,7 +18,7 @@ import ppo_continuous
 import ppo_discrete
 import ppo_lstm
 from tests.envs import MARK
-from tests.helpers import make_agent, parameter_vector, quick_args, read_metrics, spy
+from tests.helpers import ROOT, make_agent, parameter_vector, quick_args, read_metrics, spy
 
 # ---- What enters -------------------------------------------------------------------------------
 
@@ -261,7 +263,7 @@ def test_flatten_parameters_trains_as_separate_tensors_do() -> None:
     agent = make_agent(ppo_continuous, log_std_fall=None)
     plain = copy.deepcopy(agent)
     flat = experiment.flatten_parameters(agent)
-    ours = torch.optim.Adam([flat], lr=0.01, eps=1e-5, fused=True)
+    ours = experiment.Adam([flat], lr=0.01, eps=1e-5, fused=True)
     theirs = torch.optim.Adam(plain.parameters(), lr=0.01, eps=1e-5)
     batch = ppo_continuous.Batch(torch.randn(32, 2), torch.randn(32, 2), *[torch.empty(0)] * 4)
 
@@ -280,6 +282,34 @@ def test_flatten_parameters_trains_as_separate_tensors_do() -> None:
         theirs.step()
     torch.testing.assert_close(flat.data, parameter_vector(agent), rtol=0, atol=0)
     torch.testing.assert_close(flat.data, parameter_vector(plain))
+
+
+def test_adam_takes_the_steps_of_pytorch_s() -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1.0, 1.0, 100)) for _ in range(2))
+    optimizers = [
+        kind([parameter], lr=0.01, eps=1e-5, fused=True)
+        for kind, parameter in ((experiment.Adam, ours), (torch.optim.Adam, theirs))
+    ]
+    for _ in range(5):
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            (parameter.sin() ** 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert parameter.grad is None
+    assert torch.equal(ours, theirs) and ours.requires_grad
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"][0].keys() == states[1]["state"][0].keys()
+    assert all(torch.equal(x, states[1]["state"][0][k]) for k, x in states[0]["state"][0].items())
+
+
+def test_a_run_does_not_import_what_only_compile_needs(run_dir) -> None:
+    """It takes a second, a quarter of CartPole's run."""
+    flags = f"--total-timesteps 2048 --eval-episodes 1 --run-dir {run_dir}"
+    code = "import runpy, sys; runpy.run_path('ppo_discrete.py', run_name='__main__');"
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=ROOT, check=True)
+    assert (run_dir / "checkpoint.pt").exists()
 
 
 def test_max_grad_norm_limits_the_norm_that_adam_sees(script, run_dir) -> None:
