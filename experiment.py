@@ -496,12 +496,12 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's Adam without the wrappers around its methods, whose imports take a second."""
+    """PyTorch's Adam without the wrappers for torch.compile, whose import takes a second."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))  # its wrapper did that as well
 
 
 def compile_gradient(loss: Callable, agent: nn.Module, args: Any, parameters: Tensor) -> Callable:

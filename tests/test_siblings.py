@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 SIBLINGS = ["ppo_discrete", "ppo_continuous", "ppo_atari", "ppo_lstm"]
 SCRIPTS = [*SIBLINGS, "ppo_rlhf_toy"]
-# experiment.py is to come down to 700 lines; until then it may not grow.
+# experiment.py is to come down to 700 lines: take something out before you raise its number.
 LINES = {name: 400 for name in SIBLINGS} | dict(ppo_lstm=430)
 LINES |= dict(ppo_rlhf_toy=850, experiment=996, gae=85)
 
@@ -29,6 +29,12 @@ def test_script_begins_with_its_requirements(name: str) -> None:
     (wanted,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
     assert (first, end) == ("# /// script", "# ///") and python.removeprefix("# ") in project
     assert re.findall(r'"([a-z]+)', packages) == re.findall(r'"([a-z]+)', wanted)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_takes_the_adam_that_starts_without_torch_compile(name: str) -> None:
+    assert "Adam(" in source(name) and "optim.Adam" not in source(name)
+    assert "import Adam" not in source(name).replace("from experiment import Adam", "")
 
 
 def definition(name: str, of: str) -> ast.AST:

@@ -284,10 +284,11 @@ def test_flatten_parameters_trains_as_separate_tensors_do() -> None:
     torch.testing.assert_close(flat.data, parameter_vector(plain))
 
 
-def test_adam_takes_the_steps_of_pytorch_s() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_takes_the_steps_of_pytorch_s(fused: bool) -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1.0, 1.0, 100)) for _ in range(2))
     optimizers = [
-        kind([parameter], lr=0.01, eps=1e-5, fused=True)
+        kind([parameter], lr=0.01, eps=1e-5, fused=fused)
         for kind, parameter in ((experiment.Adam, ours), (torch.optim.Adam, theirs))
     ]
     for _ in range(5):
@@ -303,12 +304,20 @@ def test_adam_takes_the_steps_of_pytorch_s() -> None:
     assert all(torch.equal(x, states[1]["state"][0][k]) for k, x in states[0]["state"][0].items())
 
 
-def test_a_run_does_not_import_what_only_compile_needs(run_dir) -> None:
+TINY_RLHF = "--task arithmetic --d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2"
+TINY_RLHF += " --sft-batch-size 8 --num-iterations 1 --batch-size 8 --eval-prompts 8"
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("ppo_discrete", "--total-timesteps 2048 --eval-episodes 1"), ("ppo_rlhf_toy", TINY_RLHF)],
+)
+def test_a_run_does_not_import_what_only_compile_needs(script: str, flags: str, run_dir) -> None:
     """It takes a second, a quarter of CartPole's run."""
-    flags = f"--total-timesteps 2048 --eval-episodes 1 --run-dir {run_dir}"
-    code = "import runpy, sys; runpy.run_path('ppo_discrete.py', run_name='__main__');"
+    code = f"import runpy, sys; runpy.run_path('{script}.py', run_name='__main__');"
     code += "sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", code, *flags.split(), "--run-dir", str(run_dir)]
+    subprocess.run(command, cwd=ROOT, check=True)
     assert (run_dir / "checkpoint.pt").exists()
 
 
