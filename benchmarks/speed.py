@@ -127,7 +127,7 @@ def our_contenders(work: str, settings: Settings) -> list[Contender]:
     remark = {
         "cart-pole": "Gymnasium's vectorised CartPole",
         "solve": "Gymnasium's vectorised CartPole, advantages normalised over the batch",
-        "half-cheetah": "statistics move once a rollout",
+        "half-cheetah": "statistics updated once per rollout",
         "pong": "",
     }[work]
     python, path = Path(sys.executable), ROOT / name
