@@ -593,8 +593,10 @@ class Run(contextlib.ExitStack):
 
     def __init__(self, args: Any, on_iteration: Callable | None = None):
         super().__init__()
-        self.args, self.on_iteration = args, on_iteration
-        self.device = start(args)
+        names = ("run_dir", "resume", "evaluate")  # in code a string names a folder too
+        folders = {name: Path(getattr(args, name)) for name in names if getattr(args, name)}
+        self.args, self.on_iteration = dataclasses.replace(args, **folders), on_iteration
+        self.device = start(self.args)
         self.env_seed, _, sample_seed, shuffle_seed, self.eval_seed = split_seed(args.seed)
         self.sampling: Any = np.random.default_rng(sample_seed + rank())
         self.shuffling: Any = np.random.default_rng(shuffle_seed + rank())
@@ -610,13 +612,10 @@ class Run(contextlib.ExitStack):
         self.push(lambda kind, error, trace: self.close_envs(abandon=error is not None))
 
     def on_signal(self, number: int, _: Any) -> None:
-        """Stop after this iteration, or stop evaluating. A second signal ends the process at once.
-
-        Schedulers and torchrun may send a signal twice: an echo within a second is ignored.
-        """
+        """Stop after this iteration, or stop evaluating. A second signal exits at once."""
         if not self.signal_time:
             self.stopped, self.signal_time = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() > self.signal_time + 1.0:
+        elif time.monotonic() > self.signal_time + 1.0:  # schedulers and torchrun may send it twice
             raise SystemExit(128 + number)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -89,6 +89,16 @@ def test_args_json_after_resume_holds_what_the_run_continued_with(run_dir) -> No
     assert written.keys() == vars(ppo_discrete.Args()).keys()
 
 
+def test_folders_named_by_strings_train_resume_and_evaluate_alike(run_dir) -> None:
+    args = stop_after(2, str(run_dir))
+    assert args.resume == str(run_dir)
+    ppo_discrete.train(args)
+    _, trained = ppo_discrete.train(dataclasses.replace(args, resume=None, evaluate=str(run_dir)))
+    assert trained["eval_mean"] == json.loads((run_dir / "results.json").read_text())["eval_mean"]
+    with pytest.raises(UserError, match="name one folder"):
+        ppo_discrete.train(quick_args(ppo_discrete, "."))
+
+
 def test_results_json_after_training_is_what_train_returns(run_dir) -> None:
     _, results = ppo_discrete.train(quick_args(ppo_discrete, run_dir, eval_episodes=5))
     assert json.loads((run_dir / "results.json").read_text()) == results
