@@ -65,7 +65,7 @@ class Args(RunArgs):
     micro_batch_size: int = 512  # Maximum answers per forward pass; gradients are accumulated.
 
     sft_steps: int | None = None  # Updates of stage 1: 500, for arithmetic 5,000 at most.
-    sft_accuracy: float = 0.46  # Mean gold that ends stage 1 if there is no reward model.
+    sft_accuracy: float = 0.46  # Mean gold that ends stage 1, if the task is not `learned`.
     sft_batch_size: int = 64  # Demonstrations in an update of stage 1.
     sft_learning_rate: float = 3e-3  # Learning rate of stage 1, which falls linearly to 0.
     rm_pairs: int = 2048  # Maximum number of pairs that the reward model learns from.
@@ -93,7 +93,7 @@ class Args(RunArgs):
     whiten_advantages: bool = True  # Bring advantages to mean 0, deviation 1 over the batch.
     credit: Literal["token", "response"] = "token"  # Credit each token, or the answer as a whole.
     gamma: float = 1.0  # Discount factor. It is not used with credit response.
-    gae_lambda: float = 0.95  # Lambda of GAE, for critic and token: 0 trusts the critic, 1 rewards.
+    gae_lambda: float = 0.95  # Lambda of GAE, used with baseline critic and credit token.
     clip_coef: float = 0.2  # Epsilon: beyond this distance from 1 the ratio gains nothing more.
     clip_coef_high: float | None = None  # Epsilon above 1, if it differs (clip-higher, DAPO).
     clip_vloss: bool = True  # Limit the change in the value to clip_coef as well (N details).
@@ -221,7 +221,7 @@ class Arithmetic(Task):
     batch_size, num_iterations, update_epochs, sft_steps = 512, 240, 2, 5000  # of short answers
 
     def prompts(self, count: int, rng: np.random.Generator, held_out: bool = False) -> list[str]:
-        power = 1.0 if held_out else 1.5  # one digit twice as often: PPO would see too few
+        power = 1.0 if held_out else 1.5  # 1.5 doubles the one-digit numbers, else too rare
         pairs = (100.0 * rng.random((10 * count + 100, 2)) ** power).astype(int).tolist()
         return [f"{a}+{b}=" for a, b in pairs if held_out == ((a + 3 * b) % 7 == 0)][:count]
 
