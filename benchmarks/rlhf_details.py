@@ -140,6 +140,15 @@ class Args(Shared):
     runs: Path = RUNS  # where the run folders go
 
 
+def line(run: RlhfRun, runs: Path, core: object = None) -> list[dict[str, object]]:
+    """Train and return the table's line.
+
+    What changes the models of an earlier stage changes what they compute when they are measured.
+    """
+    with wrapped(toy, {} if run.loads_models else WRAPS[run.name]):
+        return run.line(runs, core, ("config", *COLUMNS))
+
+
 def main() -> None:
     args = tyro.cli(Args)
     check_names("--changes", args.changes, (change.name for change in CHANGES))
@@ -152,8 +161,7 @@ def main() -> None:
                 runs.append(RlhfRun("reviews", seed, x.name, x.flags, program, x.loads_models))
     jobs = []
     for run in runs:
-        measure = partial(run.line, args.runs, columns=("config", *COLUMNS))
-        jobs.append(Job((run.name or "default", run.seed), measure))
+        jobs.append(Job((run.name or "default", run.seed), partial(line, run, args.runs)))
     run_jobs(jobs, args.path("rlhf_details.csv"), ("config", "seed"))
 
 

@@ -600,10 +600,13 @@ def test_speed_with_a_memory_is_a_line() -> None:
         assert line["steps_per_second"] > 0 and line["steps_per_cpu_second"] > 0
 
 
+QUICK_RLHF = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
+QUICK_RLHF += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
+QUICK_RLHF += " --eval-prompts 32"
+
+
 def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
-    flags = "--d-model 16 --num-layers 1 --num-heads 2 --sft-steps 2 --sft-batch-size 8"
-    flags += " --sft-accuracy 0 --num-iterations 1 --batch-size 16 --update-epochs 1"
-    run = rlhf.RlhfRun("arithmetic", 1, "", f"{flags} --eval-prompts 32")
+    run = rlhf.RlhfRun("arithmetic", 1, "", QUICK_RLHF)
     (line,) = run.line(tmp_path)
     (committed, *_) = jobs.read(jobs.RESULTS / "rlhf.csv")
     assert list(line) == list(committed) and line["first_ratio_error"] < 1e-3
@@ -614,6 +617,14 @@ def test_a_run_of_rlhf_is_a_line(tmp_path: Path) -> None:
     jobs.append(tmp_path / "rlhf_options.csv", [option])
     table = tables.markdown(tables.Args(table="rlhf_options.csv", results=tmp_path))
     assert table.splitlines()[-1].startswith(f"| default | 1 | {option['optimum_kl']:.2f} |")
+
+
+def test_a_change_of_an_early_stage_holds_when_its_models_are_measured(tmp_path: Path) -> None:
+    run = rlhf.RlhfRun("arithmetic", 1, "positions count padding", QUICK_RLHF, loads_models=False)
+    (changed,) = rlhf_details.line(run, tmp_path)
+    (unchanged,) = run.line(tmp_path)  # finished: it is only read
+    assert changed["kl"] == unchanged["kl"] != 0.0  # the run's own
+    assert changed["optimum_share"] != unchanged["optimum_share"]
 
 
 def test_pitfalls_are_run_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
