@@ -219,8 +219,10 @@ def run_jobs(jobs: Iterable[Job], table: Path, key: Sequence[str], processes: in
     A job that fails leaves no line, does not stop the others, and makes the exit status 1.
     """
     done, todo, cores, lock = by_key(table, key), [], Queue[int](), threading.Lock()
-    for core in range(processes):
-        cores.put(core)
+    # The cores that this command may use: two commands under taskset then share none.
+    mine = sorted(getattr(os, "sched_getaffinity", lambda _: range(processes))(0))
+    for i in range(processes):
+        cores.put(mine[i % len(mine)])
     for job in jobs:
         name = " ".join(map(str, job.key)) or table.stem  # a table may hold just one job
         line = done.get(tuple(map(str, job.key)))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -456,6 +457,21 @@ def test_ctrl_c_begins_no_other_job(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         jobs.run_jobs([jobs.Job((i,), measure) for i in range(50)], tmp_path / "a.csv", ("i",))
     assert len(begun) < 50
+
+
+def test_jobs_are_pinned_to_the_cores_that_the_command_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: {5, 3}, raising=False)
+    pinned, both = [], threading.Barrier(2)
+
+    def measure(core: int) -> list[dict]:
+        pinned.append(core)
+        both.wait(10)  # two at a time
+        return [{"i": len(pinned)}]
+
+    jobs.run_jobs([jobs.Job((x,), measure) for x in "ab"], tmp_path / "a.csv", ("i",), 2)
+    assert sorted(pinned) == [3, 5]
 
 
 def test_details_are_marked_beyond_the_noise_only(tmp_path: Path) -> None:
