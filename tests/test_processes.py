@@ -35,7 +35,7 @@ PARTS = dict(num_envs=4, num_steps=32, update_epochs=2, eval_episodes=2, checkpo
 PARTS |= dict(norm_adv="minibatch", target_kl=0.025, total_timesteps=6 * 128)
 
 CHILD = """
-import dataclasses, sys
+import atexit, dataclasses, os, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 import numpy as np, torch, experiment, tests.envs, ppo_continuous, ppo_discrete
@@ -64,6 +64,8 @@ def init(self, args, *rest):
     self.sampling = SharedNoise(experiment.split_seed(args.seed)[2])
 
 folder = Path({folder!r})
+at_exit = folder / f"exit{{os.environ['RANK']}}"
+atexit.register(lambda: at_exit.write_text(str(torch.distributed.is_initialized())))
 agents = {{}}
 for name, (script, flags) in JOINED.items():
     experiment.Run.__init__ = init
@@ -133,6 +135,11 @@ def test_two_processes_stay_equal_and_resume_each_with_its_random_numbers(two_pr
     assert len(steps) == 6 and steps == sorted(set(steps))
     saved = torch.load(two_processes / "half", weights_only=True)["rngs"]
     assert [first["rngs"][0], second["rngs"][0]] == saved and saved[0] != saved[1]
+
+
+def test_processes_leave_their_group_before_they_exit(two_processes) -> None:
+    """Otherwise Gloo's threads abort the interpreter now and then, and torchrun ends all."""
+    assert [(two_processes / f"exit{rank}").read_text() for rank in range(2)] == ["False"] * 2
 
 
 def test_a_run_saved_by_two_processes_is_not_resumed_by_one(two_processes, tmp_path) -> None:
