@@ -164,7 +164,8 @@ def start(args: RunArgs) -> torch.device:
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(leave_processes)
+        # Otherwise Gloo's threads may abort the process as it exits.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         args.check()  # again, for this process's share
     seed_global_generators(seed + rank())
     return device
@@ -174,12 +175,6 @@ def seed_global_generators(seed: int) -> None:
     """Seed the random numbers of Python and NumPy, for environments that use those."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-
-
-def leave_processes() -> None:
-    """Leave those of torchrun. Otherwise Gloo's threads may abort the process as it exits."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:
