@@ -556,8 +556,8 @@ MEASURES = {
     "share of the optimum": "optimum_share",
     "达到最优值的比例": "optimum_share",
     "KL": "kl",
-    "first ratio differs from 1 by": "first_ratio_error",
-    "第一个概率比偏离 1 达": "first_ratio_error",
+    "first ratios differ from 1 by up to": "first_ratio_error",
+    "第一步之前的概率比偏离 1 最多达": "first_ratio_error",
 }
 EFFECTS = sorted(DOCS.glob("*/details.md"))
 
