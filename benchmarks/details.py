@@ -47,7 +47,7 @@ class Change:
     name: str  # as the table names it
     flags: str = ""
     wraps: dict[str, Callable] = field(default_factory=dict)
-    scripts: tuple[str, ...] = BOTH  # none: its flag was removed, but it has lines
+    scripts: tuple[str, ...] = BOTH
 
 
 CHANGES = [
@@ -55,7 +55,6 @@ CHANGES = [
     Change("advantages not normalised", "--norm-adv none"),
     Change("advantages normalised by minibatch", "--norm-adv minibatch", scripts=(DISCRETE,)),
     Change("advantages normalised over the batch", "--norm-adv batch", scripts=(CONTINUOUS,)),
-    Change("advantages recomputed each epoch", scripts=()),
     Change("value loss clipped", "--clip-vloss", scripts=(DISCRETE,)),
     Change("value loss not clipped", "--no-clip-vloss", scripts=(CONTINUOUS,)),
     Change("PyTorch's initial weights", wraps={"nn.init.orthogonal_": lambda _, w, gain: w}),
@@ -70,7 +69,6 @@ CHANGES = [
     Change("reset rows learned from", wraps={"experiment.Run.count_steps": count_all}),
     Change("no entropy bonus", "--ent-coef 0", scripts=(DISCRETE,)),
     Change("PPO-Penalty for PPO-Clip", "--objective penalty"),
-    Change("learning rate tied to the KL", scripts=()),
     Change("discount 0.995", "--gamma 0.995", scripts=(CONTINUOUS,)),
     Change("8 environments x 256 steps", "--num-envs 8 --num-steps 256", scripts=(CONTINUOUS,)),
     Change("std learned, not annealed", "--log-std-fall None", scripts=(CONTINUOUS,)),

@@ -95,7 +95,7 @@ def draw_curves(args: Args) -> None:
     """Draw a panel for each environment: every seed's curve, thin, and their median, thick."""
     columns = min(5, len(args.curves))
     rows = -(-len(args.curves) // columns)
-    size = (7, 3.2) if len(args.curves) < 3 else (2.6 * columns, 2.3 * rows)
+    size = (7, 3.2) if len(args.curves) < 3 else (2.1 * columns, 1.9 * rows)
     figure, panels = new_figure(rows, columns, figsize=size, squeeze=False)
     for axes, env_id in zip(panels.flat, args.curves):
         labels = curves_of(args, env_id)
@@ -117,7 +117,7 @@ def draw_changes(args: Args) -> None:
     name = Path(args.table).stem
     scores = scores_of_changes(read(args.results / args.table), name)
     env_ids = list(dict.fromkeys(env_id for tasks in scores.values() for env_id in tasks))
-    size = (2.6 * len(env_ids) + 2.6, 0.26 * len(scores) + 1)
+    size = (2 * len(env_ids) + 2.6, 0.26 * len(scores) + 1)
     figure, panels = new_figure(1, len(env_ids), figsize=size, sharey=True, squeeze=False)
     for axes, env_id in zip(panels.flat, env_ids):
         default = scores["default"][env_id]
@@ -131,8 +131,8 @@ def draw_changes(args: Args) -> None:
         axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if abs(x) >= 1e3 else f"{x:g}")
         tidy(axes, env_id, axis="x")
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
-    figure.supxlabel("return of the final policy", fontsize="medium")
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    figure.supxlabel("return of the final policy", x=0.6, fontsize="medium")
     save(figure, args.results / f"{args.name or name}.svg")
 
 
@@ -148,7 +148,9 @@ def draw_rlhf(rows: list[dict[str, str]], path: Path) -> None:
     right.plot(kl, proxy, "s--", color="#d1495b", label="proxy: the reward model's score (right)")
     names = ["SFT"] + [f"β {float(row['kl_coef']):g}" for row in rows]
     for name, x, y in zip(names, kl, gold):
-        left.annotate(name, (x, y), (0, 8), textcoords="offset points", fontsize=8, ha="center")
+        clear = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        left.annotate(name, (x, y), **place, fontsize=8, bbox=clear)
     left.set_xscale("symlog", linthresh=1.0)
     left.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], "0 0.5 1 2 5 10 20 50 100".split())
     left.set_xlim(-0.1, 1.5 * max(kl))
@@ -186,7 +188,7 @@ def draw_pitfall(
         tidy(axes, metric)
     if is_log:
         panels[1].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0].legend(edgecolor="white", framealpha=1, fontsize="small")
     figure.supxlabel("environment steps", fontsize="medium")
     save(figure, path)
 

@@ -34,9 +34,16 @@ ALIASES = {"num_steps": "T", "num_envs": "N"}  # what the code calls them too
 def mathml(tex: str, display: str = "inline") -> str:
     """Return TeX as MathML. Raises `ValueError` for what the converter does not know."""
     found = convert(" ".join(html.unescape(tex).split()), display=display)
-    # A function's name and its argument: LaTeX sets a thin space between them.
-    space = r'\1<mspace width="0.17em"/>'
-    found = re.sub(r"(?<!<msup>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo)", space, found)
+    found = found.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # \sim
+    # A minus right after another sign belongs to what follows it.
+    sign = r"(<mo[^>]*>(?:[\[]|&#x(?:00028|0002C|0003D|02190);)</mo>)<mo>(?=&#x02212;)"
+    found = re.sub(sign, r'\1<mo form="prefix">', found)
+    # LaTeX sets a thin space on either side of a function's name, but none next to a bracket.
+    found = re.sub("<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", found)
+    space, function = '<mspace width="0.17em"/>', "<mi>[A-Za-z]{2,}</mi>"
+    found = re.sub(f"(?<!<msup>)(?<!<msub>)({function})(?!(?:<mrow>)?<mo|</)", rf"\1{space}", found)
+    before = "</(?:mi|mn|mrow|mstyle|msub|msup)>"
+    found = re.sub(f"({before})(?=(?:<msu[bp]>)?{function})", rf"\1{space}", found)
     if "\\" in found or not well_formed(found):
         raise ValueError(f"no MathML for {tex}")
     return found

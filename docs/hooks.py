@@ -28,6 +28,17 @@ from lines import CODE, FENCE, HEADING, LINK, MARKER, READS, ROOT, readers, sele
 NO_SPACE = re.compile(
     "(?<=[\u3400-\u9fff])\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])"
     "|(?<=[\u3000-\u303f\uff00-\uffef])\n[ \t]*"
+    "|\n[ \t]*(?=[\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff1f])"
+    "|(?<=[\u3002\uff01\uff1a\uff1f]</em>) |(?<=[\u3002\uff01\uff1a\uff1f]</strong>) "
+)
+# The space before and after a sign between numbers, and within an interval.
+WITHIN = re.compile(r" (?=[±▲▼])|(?<=±) |(?<=\d) (?=- \d)|(?<=\d -) (?=\d)|(?<=\d,) (?=[-\d.,]+\])")
+CELL = "<td[^>]*>.*?</td>"
+FORMULA = r'<math[^>]*display="inline"[^>]*>(?:(?!</math>).)*</math>'
+MARKS = "[.,;:!?)\u3001\u3002\uff01\uff09\uff0c\uff1a\uff1b\uff1f\u201d]"
+WHOLE = (
+    rf"[(\uff08]{FORMULA}{MARKS}*|{FORMULA}{MARKS}+"  # with what stands right before and after it
+    r"|(?<![\w.-])[\d.]+e-\d+(?![^<>]*>)"  # 1e-5
 )
 RECIPE = re.compile(r"^\[`([\w.]+)`\]\(\.\./recipes/\1\)$", re.MULTILINE)
 
@@ -56,9 +67,9 @@ def beside(match: re.Match, page: str) -> str:
         raise PluginError(f"{page}: the link to {file} leads to {target}")
     first, last = select(file, start, end)
     home = site_path(file, page).removesuffix(".md") + ".html"
-    text = reader.words(page)["lines"].format(first, last)
+    text, comma = reader.words(page)["lines"].format(first, last), reader.words(page)["comma"]
     return (
-        f'<p class="where"><a href="{home}#L-{first}"><code>{file}</code>, {text}</a></p>'
+        f'<p class="where"><a href="{home}#L-{first}"><code>{file}</code>{comma}{text}</a></p>'
         + reader.placeholder(file, first, last)
     )
 
@@ -221,6 +232,19 @@ def at_home(content: str, page: str) -> str:
     return page.removeprefix("repo/").removesuffix(".md") if page.endswith(".py.md") else ""
 
 
+def unbroken(content: str) -> str:
+    """Return HTML in which no line breaks within a flag, nor in a table within 1.0 ± 0.2 ▼."""
+    flag, kept = (
+        r'(?<!"whole">)(?<![\w-])--?[a-z][\w-]*(?![^<>]*>)',
+        r'<span class="whole">\g<0></span>',
+    )
+    for place in ("<code[^>]*>.*?</code>", CELL):
+        content = re.sub(place, lambda m: re.sub(flag, kept, m[0]), content, flags=re.DOTALL)
+    content = re.sub(CELL, lambda m: WITHIN.sub("&nbsp;", m[0]), content)
+    # The long name of a test breaks between its words only.
+    return re.sub(r"(?<=<code>)test_\w+(?=</code>)", lambda m: m[0].replace("_", "_<wbr>"), content)
+
+
 def on_page_content(content, page, config, files):
     """Turn formulas into MathML, join lines of Chinese, put in the code as text."""
     name = page.file.src_uri
@@ -233,19 +257,15 @@ def on_page_content(content, page, config, files):
         language = name[:2] if reads else ""
         set_it = functools.partial(formula, display=display, language=language)
         content = re.sub(pattern, set_it, content, flags=re.DOTALL)
-    content = re.sub(r"(</math>)([.,;:!?)])", r"\1&NoBreak;\2", content)  # no line begins so
+    # No line begins with a full stop or ends with an opening bracket, or breaks within 1e-5.
+    content = re.sub(WHOLE, r'<span class="whole">\g<0></span>', content)
 
     if reads:
         content = reader.finish(content, name, page.toc)
     if file := at_home(content, name):
         page.present_anchor_ids |= {f"L-{n}" for n in range(1, len(source(file)) + 1)}
     content = reader.with_plain_code(content)
-    # A line never breaks within a flag.
-    return re.sub(
-        r"(<code[^>]*>)([^<]*--[^<]*)(?=</code>)",
-        lambda m: m[1] + re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', m[2]),
-        content,
-    )
+    return unbroken(content)
 
 
 def on_page_context(context, page, config, nav):

@@ -59,7 +59,8 @@ def widget(names: list[str], words: dict[str, str]) -> str:
     if unknown or not names:
         raise PluginError(f"docs/data/rollout.json has no {' '.join(sorted(unknown)) or 'name'}")
     figures = "".join(figure(name, words) for name in names)
-    command = f"<code>{rollout()['command']}</code>"
+    command = re.sub(r"--[\w-]+", r'<span class="whole">\g<0></span>', rollout()["command"])
+    command = f"<code>{command}</code>"
     caption = words["caption"].format(rollout()["iteration"], command)
     if 'class="reset"' in figures:
         caption += words["reset"]
@@ -75,7 +76,8 @@ def figure(name: str, words: dict[str, str]) -> str:
     where, _, rest = name.partition(".")
     title, note = (rest, words["comma"] + words[where]) if where in words else (name, "")
     shape = ", ".join(map(str, tensor["shape"])) + "," * (len(tensor["shape"]) == 1)
-    caption = f"<code>{html.escape(title)}</code> ({shape}){note}"
+    shape = f" ({shape})" if shape else ""
+    caption = f"<code>{html.escape(title)}</code>{shape}{note}"
     return (
         f"<figure><figcaption>{caption}</figcaption>"
         f'<table class="widget-table">{rows(tensor)}</table></figure>'

@@ -197,7 +197,6 @@ def test_a_beginning_that_occurs_twice_is_the_next_one() -> None:
 def test_flags_that_the_pages_name_exist() -> None:
     flags = {"--only", "--ranges", "--results", "--measure", "--part", "--frozen-coef"}
     flags |= {"--work", "--what"}
-    flags |= {"--desired-kl", "--recompute-advantages"}  # named as removed, with what they measured
     for module in SCRIPTS:
         for name in module.Args.__dataclass_fields__:
             flags |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
@@ -413,7 +412,7 @@ def test_lines_of_chinese_are_joined_without_a_space(site: Path) -> None:
         split = re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u3400-\u9fff]", page.read_text())
         assert split is None, page.name
     text = (site / "zh/policy-gradient.html").read_text()
-    assert re.search(r"ppo_discrete\.py</code>, 第 \d+ 至 \d+ 行", text)
+    assert re.search(r"ppo_discrete\.py</code>\uff0c第 \d+ 至 \d+ 行", text)
 
 
 def test_the_site_has_code_beside_the_text_and_formulas(site: Path) -> None:
@@ -517,7 +516,7 @@ def test_the_footer_stays_within_a_language(site: Path) -> None:
 
 def test_flags_do_not_break_over_a_line_end(site: Path) -> None:
     text = (site / "en" / "debugging.html").read_text()
-    assert re.search(r'<code>[^<]*<span class="flag">--anneal-lr</span>', text)
+    assert re.search(r'<code>[^<]*<span class="whole">--anneal-lr</span>', text)
     assert not re.search(r"<code[^>]*>[^<]*--[a-z]", text)
 
 

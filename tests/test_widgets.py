@@ -253,7 +253,7 @@ def test_values_become_tables_and_an_unknown_name_stops_the_build() -> None:
     table = hook.widget(["rewards", "obs", "first.ratio", "last.loss"], words)
     assert "<code>rewards</code> (4, 2)" in table and "<code>obs</code> (5, 2, 4)" in table
     assert "<code>ratio</code> (4,), first minibatch" in table
-    assert "<code>loss</code> (), last minibatch" in table
+    assert "<code>loss</code>, last minibatch" in table
     assert table.count('class="reset"') == 2 and words["reset"] in table
     assert words["reset"] not in hook.widget(["first.ratio"], words)
     page = SimpleNamespace(file=SimpleNamespace(src_uri="en/x.md"))

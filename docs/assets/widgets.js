@@ -205,8 +205,8 @@
     const show = add_numbers(widget, {
       unclipped: "r A",
       clipped: "clip(r, 1 − ε, 1 + ε) A",
-      surrogate: "L^CLIP",
-      gradient: words("gradient by r", "对 r 的梯度"),
+      surrogate: words("objective", "目标"),
+      gradient: words("gradient in r", "对 r 的梯度"),
       verdict: words("the sample", "这个样本"),
     });
 
@@ -313,8 +313,8 @@
 
   function kl(widget) {
     const range = { min: 0.02, max: 0.98, step: 0.01 };
-    const policy_label = words("policy π(yes)", "策略 π(是)");
-    const reference_label = words("reference π_ref(yes)", "参考 π_ref(是)");
+    const policy_label = words("policy's π(yes)", "策略的 π(是)");
+    const reference_label = words("reference's π(yes)", "参考模型的 π(是)");
     const read = add_sliders(
       widget,
       [
@@ -335,7 +335,7 @@
       [kinds.k3]: "k3 = e⁻ˡ − 1 + l",
     });
     const show = add_numbers(widget, {
-      exact: words("exact KL(π, π_ref), nats", "精确的 KL(π, π_ref)，nat"),
+      exact: words("exact KL(policy, reference), nats", "精确的 KL（策略，参考），nat"),
     });
     const english = ["estimator", "mean", "mean − KL", "std"];
     const body = add_table(widget, words(english, ["估计量", "均值", "均值 − KL", "标准差"]));
@@ -464,7 +464,7 @@
     const plot = new Plot(plots, {
       x: [1, NUM_ITERATIONS], y: [0, ppo.MAX_STEPS],
       x_ticks: [1, 10, 20, 30, 40, 50], y_ticks: [0, 100, 200, 300, 400, 500],
-      x_label: words("iteration", "迭代"),
+      x_label: words("return, by iteration", "各次迭代的回报"),
       alt: words("The return over the iterations", "回报随迭代的变化"),
     });
     const show = add_numbers(widget, {
