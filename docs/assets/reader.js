@@ -23,13 +23,16 @@
     document.body.append(link);
   }
 
+  /** What "PPO only" leaves out. */
+  const LEFT_OUT = ".reader ~ .step, .part:not([data-ppo]), .row:not([data-ppo]), .fold";
+
   function showTarget() {
-    const target = /^#L-\d+$/.test(location.hash) && document.getElementById(location.hash.slice(1));
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (!target) return;
     const row = target.closest(".row");
     const box = document.getElementById("ppo-only");
-    if (box?.checked && row && !row.dataset.ppo) box.click();
-    let folded = false;
+    let folded = Boolean(box?.checked && target.closest(LEFT_OUT));
+    if (folded) box.click();
     for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) {
       folded ||= !fold.open;
       fold.open = true;
@@ -44,10 +47,8 @@
     else if (link.hash.length > 1) setTimeout(backLink);
   });
   window.addEventListener("hashchange", showTarget);
-  if (/^#L-\d+$/.test(location.hash)) {
-    showTarget();
-    if (sessionStorage.jumpedTo === location.href) backLink();
-  }
+  showTarget();
+  if (/^#L-\d+$/.test(location.hash) && sessionStorage.jumpedTo === location.href) backLink();
   if (!reader) return;
 
   // ---- PPO only ---------------------------------------------------------------------------------
@@ -57,6 +58,7 @@
   const applySwitch = () => document.body.classList.toggle("ppo-only", box.checked);
   box.addEventListener("change", applySwitch);
   applySwitch(); // a reload may keep the box as it was
+  window.addEventListener("pageshow", applySwitch); // so does the way back to this page
 
   const contents = bar.querySelector(".contents");
   contents.addEventListener("click", (event) => {
@@ -211,5 +213,10 @@
       card.querySelector("a")?.focus();
     }
   });
-  document.addEventListener("scroll", () => close(), { passive: true });
+  const closeUnlessFocused = () => {
+    const focused = owner?.closest(":focus-visible") && owner; // Tab itself may have scrolled
+    close();
+    if (focused) open(focused);
+  };
+  document.addEventListener("scroll", closeUnlessFocused, { passive: true });
 })();

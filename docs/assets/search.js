@@ -24,7 +24,8 @@ addEventListener("message", ({ data: message }) => {
     phrases = (query.match(TOGETHER) ?? []).map((phrase) => plain(phrase).trim());
     message.data = query
       .replace(TOGETHER, (phrase) => ` +${parts(phrase).join(" +")}* `) // + is AND
-      .replace(/(^|\s)-+/g, "$1");
+      .replace(/(^|\s)-+/g, "$1")
+      .replace(/:/g, " "); // name: would search a field of that name
   }
 });
 
