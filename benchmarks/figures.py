@@ -61,7 +61,7 @@ def thousands(x: float) -> str:
 
 def tidy(axes: Any, title: str, **grid: str) -> None:
     """Give axes a title and a faint grid, and no frame."""
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium" if len(title) < 24 else "small")  # or it is cut off
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, **grid)
 
@@ -117,7 +117,7 @@ def draw_changes(args: Args) -> None:
     name = Path(args.table).stem
     scores = scores_of_changes(read(args.results / args.table), name)
     env_ids = list(dict.fromkeys(env_id for tasks in scores.values() for env_id in tasks))
-    size = (2 * len(env_ids) + 2.6, 0.26 * len(scores) + 1)
+    size = (2 * len(env_ids) + 0.075 * max(map(len, scores)), 0.26 * len(scores) + 1)
     figure, panels = new_figure(1, len(env_ids), figsize=size, sharey=True, squeeze=False)
     for axes, env_id in zip(panels.flat, env_ids):
         default = scores["default"][env_id]
@@ -129,10 +129,10 @@ def draw_changes(args: Args) -> None:
                 axes.plot(x.mean(), y, "|", color=colour, markersize=11, markeredgewidth=2)
         axes.axvline(default.mean(), color="black", linewidth=0.6)
         axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if abs(x) >= 1e3 else f"{x:g}")
+        axes.set_xlabel("final return")
         tidy(axes, env_id, axis="x")
     axes.set_yticks(range(len(scores)), list(scores))
     axes.set_ylim(len(scores) - 0.5, -0.5)
-    figure.supxlabel("return of the final policy", x=0.6, fontsize="medium")
     save(figure, args.results / f"{args.name or name}.svg")
 
 
@@ -147,10 +147,10 @@ def draw_rlhf(rows: list[dict[str, str]], path: Path) -> None:
     left.plot(kl, gold, "o-", color="#1f6f8b", label="gold: what the reviews are worth (left)")
     right.plot(kl, proxy, "s--", color="#d1495b", label="proxy: the reward model's score (right)")
     names = ["SFT"] + [f"β {float(row['kl_coef']):g}" for row in rows]
+    style = {"textcoords": "offset points", "fontsize": 8, "ha": "center"}
+    clear = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
     for name, x, y in zip(names, kl, gold):
-        clear = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        left.annotate(name, (x, y), **place, fontsize=8, bbox=clear)
+        left.annotate(name, (x, y), (0, 9), **style, bbox=clear)
     left.set_xscale("symlog", linthresh=1.0)
     left.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], "0 0.5 1 2 5 10 20 50 100".split())
     left.set_xlim(-0.1, 1.5 * max(kl))
@@ -176,7 +176,7 @@ def draw_pitfall(
     import matplotlib
 
     matplotlib.rcParams["svg.fonttype"] = "none"
-    figure, panels = new_figure(1, 2, figsize=(7.5, 2.7))
+    figure, panels = new_figure(1, 2, figsize=(7.5, 2.9))
     for axes, metric in zip(panels, ("charts/episodic_return", number)):
         for colour, (label, group) in zip((BLUE, RED), runs.items()):
             for i, run in enumerate(group):
@@ -188,7 +188,8 @@ def draw_pitfall(
         tidy(axes, metric)
     if is_log:
         panels[1].set_yscale("log")
-    panels[0].legend(edgecolor="white", framealpha=1, fontsize="small")
+    labels = panels[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("environment steps", fontsize="medium")
     save(figure, path)
 

@@ -234,10 +234,8 @@ def at_home(content: str, page: str) -> str:
 
 def unbroken(content: str) -> str:
     """Return HTML in which no line breaks within a flag, nor in a table within 1.0 ± 0.2 ▼."""
-    flag, kept = (
-        r'(?<!"whole">)(?<![\w-])--?[a-z][\w-]*(?![^<>]*>)',
-        r'<span class="whole">\g<0></span>',
-    )
+    flag = r'(?<!"whole">)(?<![\w-])--?[a-z][\w-]*(?![^<>]*>)'
+    kept = r'<span class="whole">\g<0></span>'
     for place in ("<code[^>]*>.*?</code>", CELL):
         content = re.sub(place, lambda m: re.sub(flag, kept, m[0]), content, flags=re.DOTALL)
     content = re.sub(CELL, lambda m: WITHIN.sub("&nbsp;", m[0]), content)

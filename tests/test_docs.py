@@ -514,6 +514,39 @@ def test_the_footer_stays_within_a_language(site: Path) -> None:
     assert min(map(len, found.values())) == 1 and max(map(len, found.values())) == 2
 
 
+def test_no_line_begins_with_the_mark_after_a_formula(site: Path) -> None:
+    for page in site.glob("[ez][nh]/*.html"):
+        rest = re.sub(r'<span class="whole">.*?</span>', "", page.read_text(), flags=re.DOTALL)
+        inline = r'display="inline"(?:(?!</math>).)*</math>'
+        assert not re.search(inline + r"[.,;:!?)\u3002\uff0c\uff1b\uff1a\uff09]", rest), page
+
+
+def test_figures_and_long_names_break_where_they_should(site: Path) -> None:
+    details = (site / "en" / "details.html").read_text()
+    assert re.search(r"<td[^>]*>-85.2&nbsp;±&nbsp;2.8</td>", details)
+    assert "test_<wbr>memory_<wbr>at_<wbr>first" in details
+    assert '<span class="whole">1e-5</span>' in details
+    assert "[6,075.2,&nbsp;6,934.5]" in (site / "en" / "results.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tex", "parts"),
+    [
+        (r"[-1, 1]", '[</mo><mo form="prefix">&#x02212;</mo>'),
+        (r"a - 1", "<mi>a</mi><mo>&#x02212;</mo>"),
+        (r"x \sim p", "<mo>&#x0223C;</mo>"),
+        (r"\beta \log Z", '</mi><mspace width="0.17em"/><mi>log</mi><mspace width="0.17em"/><mi>Z'),
+        (r"\operatorname{KL}(p)", "<mrow><mi>KL</mi><mo"),
+    ],
+)
+def test_signs_and_names_of_functions_are_spaced_as_in_latex(
+    tex: str, parts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(str(DOCS))  # for docs/lines.py
+    assert parts in import_file(DOCS / "formulas.py").mathml(tex)
+
+
 def test_flags_do_not_break_over_a_line_end(site: Path) -> None:
     text = (site / "en" / "debugging.html").read_text()
     assert re.search(r'<code>[^<]*<span class="whole">--anneal-lr</span>', text)
